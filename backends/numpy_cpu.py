@@ -1,0 +1,120 @@
+"""numpy on the CPU: the fallback, and the oracle that says what every other backend must return."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from gpu_byoc.backend import Batch, BatchTimes, runs
+from gpu_byoc.errors import BackendUnavailable, ProcessorOutput
+from gpu_byoc.processor import ArrayProcessor, Processor, processor_name
+
+
+class HostArena:
+    """Anonymous pages for all slots: nothing is resident before it is used, and closing gives it back at once."""
+
+    pinned = False
+
+    def __init__(self, nbytes: int, slots: int) -> None:
+        self.nbytes = nbytes
+        self.slots = slots
+        self._map = mmap.mmap(-1, nbytes * slots)
+        self._bytes = memoryview(self._map)
+
+    def view(self, first: int, count: int = 1) -> memoryview:
+        return self._bytes[first * self.nbytes : (first + count) * self.nbytes]
+
+    def close(self) -> None:
+        # Views that are still about keep the pages alive until they go; an exported map cannot be closed by force.
+        self._bytes.release()
+
+
+class _Done:
+    """The work was done inside ``submit``."""
+
+    def __init__(self, times: BatchTimes) -> None:
+        self._times = times
+
+    def wait(self) -> BatchTimes:
+        return self._times
+
+
+class NumpyBackend:
+    """Works in place, on the thread that submits. ``compute_ns`` is what the processor took by the clock."""
+
+    name = "numpy"
+    device = "cpu"
+    depth = 1
+    batches = True
+
+    def __init__(self) -> None:
+        self._processor: ArrayProcessor | None = None
+
+    @classmethod
+    def available(cls, device: str | None) -> str | None:
+        if device not in (None, "cpu"):
+            return f"numpy runs on cpu, not on {device}; choose --backend torch or cupy, or leave --device out"
+        return None
+
+    def open(self, device: str | None, processor: Processor) -> None:
+        if reason := self.available(device):
+            raise BackendUnavailable(reason)
+        if not isinstance(processor, ArrayProcessor):
+            raise BackendUnavailable(f"numpy runs ArrayProcessors; {processor_name(processor)} is none")
+        processor.setup(xp, "cpu")
+        self._processor = processor
+
+    def arena(self, nbytes: int, slots: int) -> HostArena:
+        return HostArena(nbytes, slots)
+
+    def submit(self, batch: Batch) -> _Done:
+        assert self._processor is not None, "open comes first"
+        kernel = self._processor.kernels.get("numpy")
+        started = time.perf_counter_ns()
+        if kernel is not None:
+            for first, count in runs(batch.slots):
+                frames = np.frombuffer(batch.arena.view(first, count), np.uint8)
+                kernel(frames, frames, batch.params)
+        else:
+            self._generic(batch, self._processor)
+        return _Done(BatchTimes(compute_ns=time.perf_counter_ns() - started))
+
+    @staticmethod
+    def _generic(batch: Batch, processor: ArrayProcessor) -> None:
+        spec = batch.spec
+        parts = [
+            np.frombuffer(batch.arena.view(first, count), np.uint8).reshape(count, *spec.shape)
+            for first, count in runs(batch.slots)
+        ]
+        frames = parts[0][:] if len(parts) == 1 else np.concatenate(parts)
+        frames.flags.writeable = False
+        result = processor.process_batch(frames, batch.params, xp)
+        check_result(result, frames.shape, processor)
+        at = 0
+        for part in parts:
+            part[:] = result[at : at + len(part)]
+            at += len(part)
+
+    def info(self) -> Mapping[str, Any]:
+        return {"numpy": np.__version__, "degraded": []}
+
+    def close(self) -> None:
+        if self._processor is not None:
+            self._processor.teardown()
+            self._processor = None
+
+
+def check_result(result: Any, shape: tuple[int, ...], processor: ArrayProcessor) -> None:
+    """The seam: what a processor returned has the shape and dtype of what it was given.
+
+    Raises:
+        ProcessorOutput: with both shapes and dtypes in the message.
+    """
+    if not isinstance(result, np.ndarray) or result.shape != shape or result.dtype != np.uint8:
+        got = f"{getattr(result, 'shape', '')} {getattr(result, 'dtype', type(result).__name__)}".strip()
+        raise ProcessorOutput(f"{processor_name(processor)} returned {got} for frames of {shape} uint8")

@@ -1,0 +1,195 @@
+"""``gpu-byoc``: arguments become a configuration, and the configuration runs. No decisions of its own."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gpu_byoc._version import VERSION
+from gpu_byoc.config import MIB, EngineConfig, ServeConfig, env
+from gpu_byoc.errors import EXIT_USAGE, ConfigError, OperatorError
+
+USAGE = """\
+usage: gpu-byoc COMMAND ...
+
+commands:
+  serve       serve a processor: green tint, or your own
+  run         run a processor file of the quickstart page, unmodified
+  livepeer    local orchestrator or gateway, with the quickstart page's flags
+  usage       what the orchestrator's ledger says
+  job         send an image, a video or raw frames through a gateway
+  demo        all of it on this machine, on a real clip
+  backends    which backends open here, and why the others do not
+
+gpu-byoc COMMAND --help says more. gpu-byoc --version prints the version.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] in ("--version", "-version"):
+        print(f"gpu-byoc {VERSION}")
+        return 0
+    command = _COMMANDS.get(arguments[0])
+    if command is None:
+        print(f"gpu-byoc: no command {arguments[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return command(arguments[1:])
+    except OperatorError as error:
+        print(f"gpu-byoc {arguments[0]}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _parser(command: str, about: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"gpu-byoc {command}", description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+
+def _add_worker(parser: argparse.ArgumentParser) -> None:
+    """Flags that ``serve`` and ``run`` share. Every one also has an environment variable, GPU_BYOC_<NAME>."""
+    default = ServeConfig()
+    engine = default.engine
+
+    def flag(name: str, kind: Callable[[str], object], value: object, text: str) -> None:
+        variable = "GPU_BYOC_" + name.upper().replace("-", "_")
+        parser.add_argument(f"--{name}", type=kind, default=env(variable, "") or value, help=f"{text} [{variable}]")
+
+    flag("backend", str, default.backend, "auto, numpy, torch, cupy, or the name of a plug-in")
+    flag("device", str, default.device, "device of the backend, such as cuda:1")
+    flag("capability", str, default.capability, "name under which jobs are also taken: POST /NAME")
+    flag("app-version", str, default.app_version, "what /app-version says")
+    flag("slots", int, engine.slots, "frames in the house at once, per frame size")
+    flag("max-batch", int, engine.max_batch, "frames that share a batch, and the most in one job")
+    flag("max-wait-ms", float, engine.max_wait_ms, "how long an idle device waits for a fuller batch")
+    flag("depth", int, engine.depth, "batches on their way to the device at once")
+    flag("memory-mb", int, engine.memory // MIB, "bound on the frame memory of all sizes together")
+    flag("max-body-mb", int, default.max_body // MIB, "largest request body")
+    flag("slot-wait", float, default.slot_wait, "seconds a job waits for a slot before 503")
+    flag("body-timeout", float, default.body_timeout, "seconds without progress before a body or an answer is given up")
+    flag("log-level", str, "info", "debug, info, warning or error")
+
+
+def _config(given: argparse.Namespace, **changes: object) -> ServeConfig:
+    engine = EngineConfig(
+        slots=given.slots,
+        max_batch=given.max_batch,
+        max_wait_ms=given.max_wait_ms,
+        depth=given.depth,
+        memory=given.memory_mb * MIB,
+    )
+    same = ("backend", "device", "capability", "app_version", "slot_wait", "body_timeout")
+    values = {name: getattr(given, name) for name in same} | changes
+    return ServeConfig(engine=engine, max_body=given.max_body_mb * MIB, **values)
+
+
+def _logging(level: str) -> None:
+    from gpu_byoc.worker.serve import PAGE_FORMAT
+
+    if level.upper() not in logging.getLevelNamesMapping():
+        raise ConfigError(f"--log-level {level!r} is not one of debug, info, warning, error")
+    logging.basicConfig(level=level.upper(), format=PAGE_FORMAT)
+
+
+def _serve(argv: Sequence[str]) -> int:
+    parser = _parser("serve", "Serve a processor over HTTP.")
+    default = ServeConfig()
+    parser.add_argument(
+        "--processor",
+        default=env("GPU_BYOC_PROCESSOR", default.processor),
+        help="green_tint, grayscale, passthrough, module:Class or file.py:Class [GPU_BYOC_PROCESSOR]",
+    )
+    parser.add_argument(
+        "--host", default=env("GPU_BYOC_HOST", default.host), help="address to listen on [GPU_BYOC_HOST]"
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=int(env("GPU_BYOC_PORT", str(default.port))),
+        help="port, 0 takes a free one [GPU_BYOC_PORT]",
+    )
+    _add_worker(parser)
+    given = parser.parse_args(argv)
+    import asyncio
+
+    from gpu_byoc.plugins import load_processor
+    from gpu_byoc.worker.serve import run
+
+    _logging(given.log_level)
+    config = _config(given, host=given.host, port=given.port, processor=given.processor)
+    return asyncio.run(run(config, load_processor(given.processor)))
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = _parser("run", "Run a file that ends in asyncio.run(run_processor(...)), as on the quickstart page.")
+    parser.add_argument("file", type=Path, help="the Python file")
+    parser.add_argument("--host", default=env("GPU_BYOC_HOST", "") or None, help="instead of what the file says")
+    parser.add_argument(
+        "--port", type=int, default=env("GPU_BYOC_PORT", "") or None, help="instead of what the file says"
+    )
+    _add_worker(parser)
+    given = parser.parse_args(argv)
+    from gpu_byoc.worker import pagerun, serve
+
+    _logging(given.log_level)
+    config = _config(given)
+    changes = {f: getattr(config, f) for f in config.__dataclass_fields__ if f not in ("host", "port", "processor")}
+    changes |= {name: value for name in ("host", "port") if (value := getattr(given, name)) is not None}
+    serve.override(**changes)
+    return pagerun.run_file(given.file)
+
+
+def _livepeer(argv: Sequence[str]) -> int:
+    from gpu_byoc.local import network
+
+    return network.main(argv)
+
+
+def _usage(argv: Sequence[str]) -> int:
+    from gpu_byoc.local import network
+
+    return network.usage_main(argv)
+
+
+def _job(argv: Sequence[str]) -> int:
+    from gpu_byoc.local import job
+
+    return job.main(argv)
+
+
+def _demo(argv: Sequence[str]) -> int:
+    from gpu_byoc.local import demo
+
+    return demo.main(argv)
+
+
+def _backends(argv: Sequence[str]) -> int:
+    _parser("backends", "Say which backends open here, and why the others do not.").parse_args(argv)
+    from gpu_byoc.errors import BackendUnavailable
+    from gpu_byoc.plugins import backend_names, load_backend
+
+    for name in sorted(backend_names()):
+        try:
+            reason = load_backend(name).available(None)
+        except BackendUnavailable as error:
+            reason = str(error)
+        print(f"{name:12} {reason or 'opens'}")
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": _serve,
+    "run": _run,
+    "livepeer": _livepeer,
+    "usage": _usage,
+    "job": _job,
+    "demo": _demo,
+    "backends": _backends,
+}

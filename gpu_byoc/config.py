@@ -1,0 +1,99 @@
+"""Configuration: frozen dataclasses, one per part, and the only reader of the environment.
+
+Precedence, everywhere: flag > environment > default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu_byoc.errors import ConfigError
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+def env(name: str, default: str, environ: Mapping[str, str] = os.environ) -> str:
+    """The environment variable ``name``, or ``default`` when it is unset or empty."""
+    return environ.get(name) or default
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Bounds of the engine.
+
+    ``slots`` frames are in the house at once, per frame size; ``max_batch`` of them share a batch. 32 and 8: a batch
+    on the device, one on its way in and one on its way out, and as much again waiting. ``memory`` bounds the arenas
+    of all frame sizes together, in bytes. ``max_wait_ms`` lets an idle device wait for company, counted from the
+    first frame; 0, because batches grow by themselves while the device is busy. ``depth`` batches are on their way
+    at once on a device with a stream of its own.
+    """
+
+    slots: int = 32
+    max_batch: int = 8
+    max_wait_ms: float = 0.0
+    depth: int = 2
+    memory: int = GIB
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "max_batch", "depth", "memory"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.max_wait_ms < 0:
+            raise ConfigError("--max-wait-ms must not be negative")
+        if self.max_batch > self.slots:
+            raise ConfigError(f"--max-batch {self.max_batch} is more than --slots {self.slots}: it could never fill")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """The worker.
+
+    ``max_body`` bytes bound a request's body (64 MiB: two 4K RGB frames and some). ``slot_wait`` is how many seconds
+    a job waits for a slot before it is refused with 503. ``body_timeout`` bounds the wait for the next chunk of a
+    body, and for a reader to take the next part of an answer, in seconds.
+    """
+
+    host: str = "0.0.0.0"
+    port: int = 8000
+    backend: str = "auto"
+    device: str | None = None
+    processor: str = "green_tint"
+    capability: str = ""
+    app_version: str = "0.0.1"
+    max_body: int = 64 * MIB
+    max_pixels: int = 64 * 1024 * 1024
+    slot_wait: float = 0.5
+    body_timeout: float = 30.0
+    engine: EngineConfig = EngineConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class OrchestratorConfig:
+    """The local orchestrator; names follow the flags of the quickstart page."""
+
+    host: str
+    port: int
+    cli_host: str
+    cli_port: int
+    datadir: Path
+    byoc: bool = False
+    container_url: str = ""
+    model_id: str = ""
+    capacity: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """The local gateway; names follow the flags of the quickstart page."""
+
+    orchestrators: tuple[str, ...]
+    host: str
+    port: int
+    cli_host: str
+    cli_port: int
+    datadir: Path
+    http_ingest: bool = False

@@ -1,0 +1,132 @@
+"""Who used how much of the device, second by second. Integer nanoseconds throughout, so that sums are exact.
+
+Three names that are never mixed: *compute* and *copy* are what the device spent on a batch, shared out among its
+frames by pixels; *queue* is how long a frame waited for the device, its own whole time. The shares of a batch add up
+to the measured interval exactly. Wall seconds, which the network bills, are the orchestrator's business.
+
+``now`` and ``end`` are nanoseconds since the Unix epoch of a clock that never jumps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+SECOND = 1_000_000_000
+
+KEPT_SECONDS = 60
+"""Rows kept, as GET /compute shows them: one minute, the longest interval at which a Prometheus server is commonly
+set to scrape, so that nothing falls between two looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One frame group's part in a batch: who, how many frames and pixels, how long they waited together."""
+
+    name: str
+    frames: int
+    pixels: int
+    queue_ns: int
+
+
+@dataclass(slots=True)
+class Usage:
+    """Sums over some time. ``batches`` counts each batch that had at least one frame of this name."""
+
+    frames: int = 0
+    batches: int = 0
+    compute_ns: int = 0
+    copy_ns: int = 0
+    queue_ns: int = 0
+
+    def add(self, other: Usage) -> None:
+        for field in _USAGE:
+            setattr(self, field, getattr(self, field) + getattr(other, field))
+
+
+_USAGE = tuple(f.name for f in fields(Usage))
+
+
+def split(interval: int, weights: Sequence[int]) -> list[int]:
+    """Share ``interval`` in proportion to ``weights``: non-negative integers that add up to it exactly, each within
+    one of its exact part."""
+    total = sum(weights)
+    if total <= 0:
+        raise ValueError(f"weights must add up to more than 0, got {list(weights)}")
+    shares, before, reached = [], 0, 0
+    for weight in weights:
+        before += weight
+        upto = interval * before // total
+        shares.append(upto - reached)
+        reached = upto
+    return shares
+
+
+def by_second(start: int, end: int) -> list[tuple[int, int]]:
+    """The interval [start, end) cut at whole seconds: (second, nanoseconds in it)."""
+    pieces = []
+    while start < end:
+        second = start // SECOND
+        until = min(end, (second + 1) * SECOND)
+        pieces.append((second, until - start))
+        start = until
+    return pieces
+
+
+class Meter:
+    """Books batches; answers with rows per second and totals per name."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Usage] = {}
+        self.device = Usage()  # each batch once
+        self._rows: dict[int, dict[str, Usage]] = {}
+
+    def book(self, end: int, compute: int, copy: int, shares: Sequence[Share]) -> list[tuple[int, int]]:
+        """Enter one finished batch. Returns (compute, copy) nanoseconds of each share, in order.
+
+        Device time is entered in the seconds it was spent in; frames, batches and waiting in the one it ended in.
+        """
+        last = end // SECOND
+        if last not in self._rows:
+            self._forget(end)
+        computes = self._spread("compute_ns", end, compute, shares)
+        copies = self._spread("copy_ns", end, copy, shares)
+
+        named: dict[str, Usage] = {}
+        for share, its_compute, its_copy in zip(shares, computes, copies, strict=True):
+            usage = named.setdefault(share.name, Usage(batches=1))
+            usage.add(Usage(share.frames, 0, its_compute, its_copy, share.queue_ns))
+        for name, usage in named.items():
+            self.totals.setdefault(name, Usage()).add(usage)
+            self._row(last, name).add(Usage(usage.frames, 1, 0, 0, usage.queue_ns))
+        frames, queue = sum(share.frames for share in shares), sum(share.queue_ns for share in shares)
+        self.device.add(Usage(frames, 1, compute, copy, queue))
+        return list(zip(computes, copies, strict=True))
+
+    def rows(self, now: int) -> list[tuple[int, str, Usage]]:
+        """(second, name, usage) of the last minute, oldest first."""
+        self._forget(now)
+        return [(second, name, usage) for second in sorted(self._rows) for name, usage in self._rows[second].items()]
+
+    def end(self, name: str) -> Usage:
+        """A stream is over: its totals leave the table and are returned. Its rows stay for their minute."""
+        return self.totals.pop(name, Usage())
+
+    def _spread(self, field: str, end: int, interval: int, shares: Sequence[Share]) -> list[int]:
+        """Each share's part of the ``interval`` that ended at ``end``, entered in the rows of its seconds."""
+        sums = [0] * len(shares)
+        weights = [share.pixels for share in shares]
+        for second, piece in by_second(end - interval, end):
+            for i, part in enumerate(split(piece, weights)):
+                sums[i] += part
+                row = self._row(second, shares[i].name)
+                setattr(row, field, getattr(row, field) + part)
+        return sums
+
+    def _row(self, second: int, name: str) -> Usage:
+        return self._rows.setdefault(second, {}).setdefault(name, Usage())
+
+    def _forget(self, now: int) -> None:
+        oldest = now // SECOND - KEPT_SECONDS
+        for second in [second for second in self._rows if second <= oldest]:
+            del self._rows[second]

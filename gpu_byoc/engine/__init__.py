@@ -1,0 +1,1 @@
+"""Core policies and a backend, made to run."""

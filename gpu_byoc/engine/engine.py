@@ -1,0 +1,353 @@
+"""The engine: leases over preallocated memory, batches across streams, one device thread.
+
+A caller leases slots for one or more frames, writes the frames into ``Lease.views``, submits, is called back, reads
+the result from the same views and releases. Whatever happens in between (cancel, failure, shutdown), ``release`` is
+the one obligation, it may be called at any moment and any number of times, and it never blocks.
+
+Threads: any thread may call the engine. ``ready`` and ``done`` are called on whichever thread finishes the work,
+without the engine's lock, and must return at once (hand over to your own loop).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_byoc.backend import Arena, Backend, Batch, runs
+from gpu_byoc.config import EngineConfig
+from gpu_byoc.core.batching import Batcher, Item
+from gpu_byoc.core.meter import Meter, Share, Usage
+from gpu_byoc.core.slots import Hold, SlotPool, State, Want
+from gpu_byoc.engine.device import Device, Outcome
+from gpu_byoc.errors import Draining, GpuByocError, Overloaded, TooLarge
+from gpu_byoc.frames import FrameSpec
+from gpu_byoc.processor import Processor
+
+log = logging.getLogger("gpu_byoc.engine")
+
+Ready = Callable[[GpuByocError | None], None]
+
+
+class Lease:
+    """Slots for ``frames`` frames of one spec: the bytes that come in, later the bytes that go out."""
+
+    __slots__ = ("_engine", "_item", "_room", "_want", "done", "frames", "hold", "params", "ready", "spec", "stream")
+
+    def __init__(self, engine: Engine, room: _Room, spec: FrameSpec, frames: int, ready: Ready) -> None:
+        self._engine = engine
+        self._room = room
+        self._want: Want | None = None
+        self._item: Item[Lease] | None = None
+        self.hold: Hold | None = None
+        self.spec = spec
+        self.frames = frames
+        self.ready = ready
+        self.stream = ""
+        self.params: Any = None
+        self.done: Callable[[Outcome], None] | None = None
+
+    @property
+    def granted(self) -> bool:
+        """True once the slots are there; until then wait for ``ready``."""
+        return self.hold is not None and self._room.arena is not None
+
+    @property
+    def views(self) -> list[memoryview]:
+        """The frames' bytes in order, neighbouring slots merged. Not to be touched between submit and ``done``."""
+        assert self.hold is not None, "not granted yet"
+        assert self._room.arena is not None, "not granted yet"
+        return [self._room.arena.view(first, count) for first, count in runs(self.hold.slots)]
+
+    def submit(self, stream: str, params: Any, done: Callable[[Outcome], None], order: Hashable = None) -> None:
+        """Hand the frames to the device; ``done`` is called once, unless ``release`` comes first.
+
+        ``stream`` is the name the work is booked under. Leases with equal ``order`` (default: the stream) leave in
+        the order of their submission.
+
+        Raises:
+            Draining: the engine is closing. The lease is still to be released.
+        """
+        self.stream, self.params, self.done = stream, params, done
+        self._engine._submit(self, stream if order is None else order)
+
+    def release(self) -> None:
+        """Give the slots back: the result was read, or nobody wants it any more."""
+        self._engine._release(self)
+
+
+@dataclass(slots=True, eq=False)
+class _Room:
+    """One arena and who is in it. ``arena`` is None until the device thread has made it."""
+
+    nbytes: int
+    pool: SlotPool
+    arena: Arena | None = None
+    early: list[Lease] | None = None  # leases that wait for the arena itself
+    leases: int = 0
+
+
+class Engine:
+    """Made by ``__init__``, alive from ``start`` to ``close``."""
+
+    def __init__(self, backend: Backend, processor: Processor, config: EngineConfig, device: str | None = None) -> None:
+        self.backend = backend
+        self.processor = processor
+        self.config = config
+        self.lock = threading.Condition()
+        self.batcher: Batcher[Lease] = Batcher(config.max_batch, int(config.max_wait_ms * 1e6), share=backend.batches)
+        self.meter = Meter()
+        self.errors: dict[str, int] = {}
+        self.refused = 0
+        self.on_fatal: Callable[[GpuByocError], None] | None = None
+        self._rooms: dict[int, _Room] = {}  # by nbytes, least recently used first
+        self._lines: dict[int, Lease] = {}  # by id of the Want that waits in a pool
+        self._epoch = time.time_ns() - time.monotonic_ns()
+        self._device = Device(self, device)
+        self.closing = False
+
+    # --- life
+
+    def start(self) -> Future[None]:
+        """Open the backend on the device thread. The future ends when it is ready, or with why it is not."""
+        return self._device.begin()
+
+    def close(self, flush: bool = True, timeout: float | None = None) -> None:
+        """Refuse new work, finish (or with ``flush=False`` fail) what was submitted, and join. Blocks; idempotent."""
+        self.expel(Draining("the worker is shutting down; send the job elsewhere"), queued=not flush)
+        if not self._device.join(timeout):
+            log.error("the device thread did not end within %s s: the processor is still busy", timeout)
+
+    def expel(self, error: GpuByocError, queued: bool) -> None:
+        """Refuse new work, turn away who waits for slots, and with ``queued`` fail what was not started yet."""
+        with self.lock:
+            self.closing = True
+            dropped = self.batcher.drain() if queued else []
+            waiting, self._lines = list(self._lines.values()), {}
+            for room in self._rooms.values():
+                waiting += room.early or []
+                room.early = None if room.arena else []
+            self.lock.notify_all()
+        for item in dropped:
+            self.finish(item.value, Outcome(error))
+        for lease in waiting:
+            lease.ready(error)
+
+    @property
+    def alive(self) -> bool:
+        return self._device.is_alive()
+
+    @property
+    def fatal(self) -> GpuByocError | None:
+        return self._device.fatal
+
+    def now(self) -> int:
+        """Nanoseconds since the epoch, by a clock that never jumps."""
+        return self._epoch + time.monotonic_ns()
+
+    # --- leases
+
+    def lease(self, spec: FrameSpec, frames: int, ready: Ready) -> Lease:
+        """Ask for slots. If ``granted`` is already true they are there and ``ready`` is not called; otherwise it is
+        called once, with None or with why not, unless ``release`` comes first.
+
+        Raises:
+            TooLarge: this many frames of this size can never be had at once.
+            Overloaded: the line is full, or there is no memory for one more frame size now.
+            Draining: the engine is closing.
+        """
+        if frames > self.config.max_batch:
+            raise TooLarge(
+                f"{frames} frames in one job, at most {self.config.max_batch} (--max-batch) fit: send several jobs"
+            )
+        with self.lock:
+            if self.closing:
+                raise Draining("the worker is shutting down; send the job elsewhere")
+            room = self._rooms.get(spec.nbytes) or self._make_room(spec, frames)
+            if frames > room.pool.count:
+                raise TooLarge(f"{frames} frames of {spec} need more memory than --memory allows at once")
+            if room.pool.waiting >= room.pool.count:
+                self.refused += 1
+                raise Overloaded(f"no free slot, and {room.pool.waiting} jobs are already waiting for one; try again")
+            self._rooms[spec.nbytes] = self._rooms.pop(spec.nbytes)  # most recently used
+            room.leases += 1
+            lease = Lease(self, room, spec, frames, ready)
+            want = room.pool.want(frames)
+            lease.hold = want.hold
+            if want.hold is None:
+                lease._want = want
+                self._lines[id(want)] = lease
+            elif room.early is not None:
+                room.early.append(lease)
+            return lease
+
+    def _make_room(self, spec: FrameSpec, frames: int) -> _Room:
+        slots = min(self.config.slots, self.config.memory // spec.nbytes)
+        if slots < frames:
+            raise TooLarge(f"{frames} frames of {spec} ({spec.nbytes} bytes each) are more than --memory allows")
+        used = sum(room.nbytes * room.pool.count for room in self._rooms.values())
+        for nbytes, room in list(self._rooms.items()):
+            if used + slots * spec.nbytes <= self.config.memory:
+                break
+            if room.leases == 0 and room.arena is not None:
+                del self._rooms[nbytes]
+                used -= nbytes * room.pool.count
+                self._device.todo.append(room.arena.close)
+        if used + slots * spec.nbytes > self.config.memory:
+            self.refused += 1
+            raise Overloaded(f"no memory for frames of {spec} while other sizes are in use (--memory); try again")
+        room = self._rooms[spec.nbytes] = _Room(spec.nbytes, SlotPool(slots), early=[])
+        self._device.todo.append(lambda: self._furnish(room))
+        self.lock.notify_all()
+        return room
+
+    def _furnish(self, room: _Room) -> None:
+        """On the device thread: allocate the arena and let those in who were waiting for it."""
+        error: GpuByocError | None = None
+        try:
+            room.arena = self.backend.arena(room.nbytes, room.pool.count)
+        except (MemoryError, OSError, GpuByocError) as cause:
+            error = Overloaded(f"no memory for {room.pool.count} frames of {room.nbytes} bytes: {cause}")
+        with self.lock:
+            early, room.early = room.early or [], None
+            if error is not None:
+                del self._rooms[room.nbytes]
+                early += [self._lines.pop(key) for key, lease in list(self._lines.items()) if lease._room is room]
+        for lease in early:
+            lease.ready(error)
+
+    # --- the way through
+
+    def _submit(self, lease: Lease, order: Hashable) -> None:
+        with self.lock:
+            if self.closing:
+                raise Draining("the worker is shutting down; send the job elsewhere")
+            assert lease.hold is not None, "not granted yet"
+            lease._room.pool.move(lease.hold, "submit")
+            key = (lease.spec, lease.params)
+            lease._item = Item(lease, order, key, lease.frames, time.monotonic_ns())
+            self.batcher.add(lease._item)
+            self.lock.notify_all()
+
+    def _release(self, lease: Lease) -> None:
+        with self.lock:
+            pool, hold = lease._room.pool, lease.hold
+            if hold is None:
+                if lease._want is None:
+                    return
+                served = pool.cancel(lease._want)
+                self._lines.pop(id(lease._want), None)
+                lease._want = None
+                lease._room.leases -= 1
+            else:
+                if hold.state in (State.FREE, State.ABANDONED):
+                    return
+                if hold.state is State.QUEUED and lease._item is not None:
+                    self.batcher.cancel(lease._item)
+                if lease._room.early is not None and lease in lease._room.early:
+                    lease._room.early.remove(lease)
+                running = hold.state is State.RUNNING  # its slots go back when the device is through with them
+                served = pool.move(hold, "release")
+                lease._room.leases -= 0 if running else 1
+            lucky = self._admit(served)
+        _tell(lucky)
+
+    def _admit(self, served: list[Want]) -> list[Lease]:
+        """Under the lock: wants that got their slots become leases to be told."""
+        lucky = []
+        for want in served:
+            lease = self._lines.pop(id(want), None)
+            if lease is None:  # told off by close(); the slots are of no use to anybody
+                continue
+            lease.hold, lease._want = want.hold, None
+            if lease._room.early is not None:
+                lease._room.early.append(lease)
+            else:
+                lucky.append(lease)
+        return lucky
+
+    # --- what the device thread calls
+
+    def batch_of(self, leases: list[Lease]) -> Batch:
+        arena = leases[0]._room.arena
+        assert arena is not None
+        slots = tuple(slot for lease in leases if lease.hold for slot in lease.hold.slots)
+        return Batch(leases[0].spec, arena, slots, leases[0].params)
+
+    def started(self, items: list[Item[Lease]]) -> None:
+        """Under the lock: these are on the device now."""
+        for item in items:
+            assert item.value.hold is not None
+            item.value._room.pool.move(item.value.hold, "start")
+
+    def book(self, items: list[Item[Lease]], began: int, compute: int, copy: int) -> list[Outcome]:
+        shares = [
+            Share(it.value.stream, it.frames, it.frames * it.value.spec.pixels, (began - it.arrived) * it.frames)
+            for it in items
+        ]
+        frames = sum(item.frames for item in items)
+        with self.lock:
+            parts = self.meter.book(self.now(), compute, copy, shares)
+        return [
+            Outcome(None, began - item.arrived, its_compute, its_copy, frames)
+            for item, (its_compute, its_copy) in zip(items, parts, strict=True)
+        ]
+
+    def finish(self, lease: Lease, outcome: Outcome) -> None:
+        """The lease's work is over, well or not: tell its owner, or take the slots back if there is none any more."""
+        lucky: list[Lease] = []
+        wanted = False
+        with self.lock:
+            if outcome.error is not None:
+                self.errors[outcome.error.code] = self.errors.get(outcome.error.code, 0) + 1
+            room, hold = lease._room, lease.hold
+            assert hold is not None
+            if hold.state is State.QUEUED:  # failed before it was started
+                room.pool.move(hold, "start")
+            if hold.state is State.RUNNING:
+                room.pool.move(hold, "finish")
+                wanted = True
+            elif hold.state is State.ABANDONED:
+                lucky = self._admit(room.pool.move(hold, "finish"))
+                room.leases -= 1
+        if wanted and lease.done is not None:
+            lease.done(outcome)
+        _tell(lucky)
+
+    # --- looking at it
+
+    def rooms(self) -> list[dict[str, Any]]:
+        """Slot use per frame size, for status and metrics."""
+        with self.lock:
+            return [
+                {
+                    "frame_bytes": room.nbytes,
+                    "slots": room.pool.count,
+                    "free": room.pool.free,
+                    "waiting": room.pool.waiting,
+                    "pinned": bool(room.arena is not None and room.arena.pinned),
+                }
+                for room in self._rooms.values()
+            ]
+
+    def usage(self) -> tuple[list[tuple[int, str, Usage]], dict[str, Usage], Usage]:
+        """(rows of the last minute, totals by name, the device's own totals), copied."""
+        with self.lock:
+            rows = [(second, name, _copy(usage)) for second, name, usage in self.meter.rows(self.now())]
+            totals = {name: _copy(usage) for name, usage in self.meter.totals.items()}
+            return rows, totals, _copy(self.meter.device)
+
+
+def _tell(lucky: list[Lease]) -> None:
+    for lease in lucky:
+        lease.ready(None)
+
+
+def _copy(usage: Usage) -> Usage:
+    fresh = Usage()
+    fresh.add(usage)
+    return fresh

@@ -1,0 +1,238 @@
+"""Every error this project raises on purpose.
+
+::
+
+    GpuByocError                      blame       HTTP   what it ends
+    |- ClientError                    client
+    |  |- BadFrame                    client      400    the job
+    |  |- BadParams (field)           client      422    the job; the old parameters stay
+    |  |- BadRequest                  client      400    the job
+    |  |- BodyTimeout                 client      408    the job
+    |  |- CorruptImage                client      422    the job
+    |  |- NoCapability                client      400    the job
+    |  |- TooLarge                    client      413    the job, before its body is read
+    |  `- UnsupportedMedia            client      415    the job
+    |- Unavailable (retry_after)      load
+    |  |- AllBusy                     load        503    the job; nothing was started
+    |  |- Draining                    load        503    the job; the process is on its way out
+    |  |- NotReady                    load        503    the job; the processor is still loading
+    |  `- Overloaded                  load        503    the job; nothing was started
+    |- ProcessorError                 processor
+    |  |- ProcessorFailed             processor   500    its frames; the next job works
+    |  `- ProcessorOutput             processor   500    its frames; the next job works
+    |- DeviceError                    device
+    |  |- DeviceLost                  device      500    the process: only a restart helps
+    |  `- DeviceOutOfMemory           device      503    its frames, after smaller batches failed too
+    |- NetworkError                   network
+    |  |- ContainerUnreachable        network     502    the job
+    |  `- OrchestratorUnreachable     network     502    the job, after every other one was asked
+    `- OperatorError                  operator
+       |- BackendUnavailable          operator    -      the start
+       |- ConfigError                 operator    -      the start
+       |- PluginError                 operator    -      the start
+       `- PortInUse                   operator    -      the start
+
+Only these cross the wire, as ``{"status": "error", "error": <code>, "message": <text>}`` plus what a class adds
+(``field``). The message says what to do next. Anything else that reaches a request handler is a bug of ours and is
+answered as 500 ``internal`` without its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class GpuByocError(Exception):
+    """Root of the tree. ``code`` is stable and machine readable; ``str(error)`` is for people."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+    blame: ClassVar[str] = "worker"
+    retry_after: int | None = None  # seconds, sent as Retry-After where set
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that is sent to the caller."""
+        return {"status": "error", "error": self.code, "message": str(self), **self.extra()}
+
+    def extra(self) -> Mapping[str, Any]:
+        return {}
+
+
+# --- the caller sent something that cannot work
+
+
+class ClientError(GpuByocError):
+    status = 400
+    blame = "client"
+
+
+class BadRequest(ClientError):
+    code = "bad_request"
+
+
+class BadFrame(ClientError):
+    """Length, geometry or pixel format do not fit one another."""
+
+    code = "bad_frame"
+
+
+class BadParams(ClientError):
+    """A processor parameter is unknown, of the wrong type or out of range; ``field`` names it."""
+
+    code = "bad_params"
+    status = 422
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"parameter {field!r}: {message}")
+        self.field = field
+
+    def extra(self) -> Mapping[str, Any]:
+        return {"field": self.field}
+
+
+class BodyTimeout(ClientError):
+    """Nothing more of a request's body came for too long."""
+
+    code = "body_timeout"
+    status = 408
+
+
+class CorruptImage(ClientError):
+    code = "corrupt_image"
+    status = 422
+
+
+class NoCapability(ClientError):
+    """No orchestrator advertises the capability that was asked for. Names are case-sensitive."""
+
+    code = "no_capability"
+
+
+class TooLarge(ClientError):
+    code = "too_large"
+    status = 413
+
+
+class UnsupportedMedia(ClientError):
+    code = "unsupported_media_type"
+    status = 415
+
+
+# --- nothing is wrong, there is just no room now
+
+
+class Unavailable(GpuByocError):
+    status = 503
+    blame = "load"
+    retry_after = 1
+
+
+class AllBusy(Unavailable):
+    """Every orchestrator that has the capability is at capacity."""
+
+    code = "all_busy"
+
+
+class Draining(Unavailable):
+    code = "draining"
+    retry_after = 10
+
+
+class NotReady(Unavailable):
+    code = "not_ready"
+    retry_after = 2
+
+
+class Overloaded(Unavailable):
+    """No slot became free in time."""
+
+    code = "overloaded"
+
+
+# --- the user's code
+
+
+class ProcessorError(GpuByocError):
+    blame = "processor"
+
+
+class ProcessorFailed(ProcessorError):
+    """The processor raised; ``__cause__`` is what it raised."""
+
+    code = "processor_failed"
+
+
+class ProcessorOutput(ProcessorError):
+    """The processor returned something that is not a frame like the one it was given."""
+
+    code = "processor_output"
+
+
+# --- the device
+
+
+class DeviceError(GpuByocError):
+    blame = "device"
+
+
+class DeviceLost(DeviceError):
+    """A sticky device error. The process has to end; ``EXIT_DEVICE_LOST`` tells a supervisor why."""
+
+    code = "device_lost"
+
+
+class DeviceOutOfMemory(DeviceError):
+    code = "device_out_of_memory"
+    status = 503
+    retry_after = 1
+
+
+# --- between the parts
+
+
+class NetworkError(GpuByocError):
+    status = 502
+    blame = "network"
+
+
+class ContainerUnreachable(NetworkError):
+    code = "container_unreachable"
+
+
+class OrchestratorUnreachable(NetworkError):
+    code = "orchestrator_unreachable"
+
+
+# --- how it was started
+
+
+class OperatorError(GpuByocError):
+    """Printed without a traceback; the command ends with ``EXIT_USAGE``."""
+
+    blame = "operator"
+
+
+class BackendUnavailable(OperatorError):
+    """A backend was asked for by name and cannot open. Says what is missing and how to install it."""
+
+    code = "backend_unavailable"
+
+
+class ConfigError(OperatorError):
+    code = "config"
+
+
+class PluginError(OperatorError):
+    code = "plugin"
+
+
+class PortInUse(OperatorError):
+    code = "port_in_use"
+
+
+EXIT_USAGE = 2
+"""Exit status for an OperatorError, as argparse uses for wrong arguments."""
+
+EXIT_DEVICE_LOST = 70
+"""Exit status after DeviceLost (EX_SOFTWARE of sysexits.h): restart the process, the device may be fine then."""

@@ -1,0 +1,111 @@
+"""Names to code: backends by entry point, processors by name, ``module:Class`` or ``file.py[:Class]``.
+
+Nothing is imported to learn that it exists; only what was chosen is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gpu_byoc.backend import Backend
+from gpu_byoc.errors import BackendUnavailable, PluginError
+from gpu_byoc.processor import ArrayProcessor, FrameProcessor, Processor
+from gpu_byoc.processors import SHIPPED
+
+GROUP = "gpu_byoc.backends"
+
+AUTO = ("cupy", "torch", "numpy")
+"""What ``--backend auto`` tries, best first. Only ours: a stranger's code runs when it is asked for by name."""
+
+
+def backend_names() -> dict[str, EntryPoint]:
+    """Every backend that is installed, by name, without importing any."""
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def load_backend(name: str) -> type[Backend]:
+    """The class behind a backend's name.
+
+    Raises:
+        BackendUnavailable: no such name, or its module does not import; says which of the two, and what to do.
+    """
+    known = backend_names()
+    if name not in known:
+        raise BackendUnavailable(
+            f"no backend named {name!r}; installed: {', '.join(sorted(known)) or 'none'} "
+            f"(a plug-in registers itself as an entry point in the group {GROUP!r})"
+        )
+    try:
+        backend: type[Backend] = known[name].load()
+    except ImportError as error:
+        raise BackendUnavailable(f"backend {name!r} ({known[name].value}) does not import: {error}") from error
+    except AttributeError as error:
+        raise BackendUnavailable(f"backend {name!r}: {known[name].value} does not exist: {error}") from error
+    return backend
+
+
+def load_processor(text: str) -> Processor:
+    """An instance of the processor that ``text`` names.
+
+    Raises:
+        PluginError: not found, does not import, or is not a processor.
+    """
+    target = SHIPPED.get(text, text)
+    place, _, attribute = target.rpartition(":") if ":" in target else (target, "", "")
+    if place.endswith(".py"):
+        module = _from_file(Path(place))
+    elif attribute:
+        module = _from_module(place)
+    else:
+        raise PluginError(
+            f"no processor named {text!r}; shipped: {', '.join(SHIPPED)}; or give module:Class or file.py:Class"
+        )
+    found = getattr(module, attribute, None) if attribute else _only_processor(module, text)
+    if found is None:
+        raise PluginError(f"{place} has no {attribute!r}")
+    if not (inspect.isclass(found) and issubclass(found, FrameProcessor | ArrayProcessor)):
+        raise PluginError(f"{text} is not a subclass of FrameProcessor or ArrayProcessor")
+    processor: Processor = found()
+    return processor
+
+
+def _from_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise PluginError(f"no module named {name!r}; is it installed, or on PYTHONPATH?") from error
+        raise PluginError(f"{name} needs {error.name!r}, which is not installed") from error
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise PluginError(f"no such file: {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickle look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def _only_processor(module: ModuleType, text: str) -> Any:
+    classes = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, FrameProcessor | ArrayProcessor)
+        and value.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        names = ", ".join(cls.__name__ for cls in classes) or "none"
+        raise PluginError(f"{text}: say which processor, as file.py:Class; found: {names}")
+    return classes[0]

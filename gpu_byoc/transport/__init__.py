@@ -1,0 +1,1 @@
+"""aiohttp: what opens and accepts connections."""

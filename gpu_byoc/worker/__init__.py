@@ -1,0 +1,1 @@
+"""The process in the container: HTTP in front, the engine behind."""

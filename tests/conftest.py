@@ -1,0 +1,60 @@
+"""What every test may rely on: the two markers for things a machine may lack.
+
+``needs_cuda``   skips without an NVIDIA GPU; fails without one when ``GPU_BYOC_REQUIRE_CUDA=1``
+``needs_torch``  skips where torch is missing; fails there when ``GPU_BYOC_REQUIRE_TORCH=1`` (``make test TORCH=1``)
+
+A test names what it needs and imports it inside the test or fixture, never at the head of the file: nothing heavy is
+imported at collection, and every skipped test is listed by its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Asks the driver itself, so neither torch nor cupy has to be there. In a process of its own, because a process that
+# called cuInit cannot fork and use CUDA in the child. 0 devices and "no driver" are both 0.
+_COUNT_GPUS = """
+import ctypes
+try:
+    cuda = ctypes.CDLL("libcuda.so.1")
+except OSError:
+    print(0)
+    raise SystemExit from None
+count = ctypes.c_int(0)
+ready = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
+print(count.value if ready else 0)
+"""
+
+
+@functools.cache
+def cuda_devices() -> int:
+    """How many NVIDIA GPUs the driver offers; 0 without a driver."""
+    probe = subprocess.run(
+        [sys.executable, "-S", "-c", _COUNT_GPUS], capture_output=True, text=True, timeout=30, check=False
+    )
+    return int((probe.stdout or "0").strip())
+
+
+def has_torch() -> bool:
+    """Whether torch is installed, without importing it."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def skip_or_fail(variable: str, reason: str) -> None:
+    """Skip, unless the environment says that this machine must have what is missing."""
+    if os.environ.get(variable) == "1":
+        pytest.fail(f"{reason}, and {variable}=1 says it must be there", pytrace=False)
+    pytest.skip(reason)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_torch") and not has_torch():
+        skip_or_fail("GPU_BYOC_REQUIRE_TORCH", "torch is not installed (make test TORCH=1 installs it)")
+    if item.get_closest_marker("needs_cuda") and cuda_devices() == 0:
+        skip_or_fail("GPU_BYOC_REQUIRE_CUDA", "no NVIDIA GPU here")
