@@ -28,6 +28,11 @@ def device_index(device: str | None) -> int | None:
     return None if match is None else int(match[1] or 0)
 
 
+def dotted(version: int) -> str:
+    """12080 -> "12.8", as CUDA counts."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def import_problem(module: str, extra: str) -> str | None:
     """Why ``module`` cannot be imported, or None. A missing module is not imported to find that out."""
     if importlib.util.find_spec(module) is None:
@@ -56,10 +61,11 @@ def driver_problem(library: str, built_for: int, index: int, load: Callable[[str
         )
     version = ctypes.c_int(0)
     if cuda.cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value // 1000 < built_for:
+        newer = f"to {MIN_DRIVER[built_for]} or later" if built_for in MIN_DRIVER else "to one made for it"
         return (
-            f"the NVIDIA driver is too old: it goes up to CUDA {version.value // 1000}.{version.value % 1000 // 10}, "
-            f"this {library} is built for CUDA {built_for}: update the driver to {MIN_DRIVER.get(built_for, 'a newer one')}"
-            f" or later, or install a {library} built for CUDA {version.value // 1000}"
+            f"the NVIDIA driver is too old: it goes up to CUDA {dotted(version.value)}, this {library} is built for "
+            f"CUDA {built_for}: update the driver {newer}, or install a {library} built for CUDA "
+            f"{version.value // 1000}"
         )
     if status := cuda.cuInit(0):
         return f"the NVIDIA driver does not start (CUDA error {status}): {_cure(status)}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ._device import DeviceBackend, Event, Slab, Stream
-from ._driver import device_index, driver_problem, import_problem
+from ._driver import device_index, dotted, driver_problem, import_problem
 
 
 class CupyBackend(DeviceBackend):
@@ -47,7 +47,7 @@ class CupyBackend(DeviceBackend):
             return {}
         return {
             "cupy": self._cupy.__version__,
-            "cuda": _dotted(self._runtime.runtimeGetVersion()),
+            "cuda": dotted(self._runtime.runtimeGetVersion()),
             "device_name": self._runtime.getDeviceProperties(self._cupy_device.id)["name"].decode(),
         }
 
@@ -116,8 +116,3 @@ def _cuda_problem(index: int) -> str | None:
     except RuntimeError as error:
         return f"cupy finds no NVRTC to compile kernels with ({error}): pip install 'gpu-byoc[cupy]' brings its wheel"
     return None
-
-
-def _dotted(version: int) -> str:
-    """12080 -> "12.8", as CUDA counts."""
-    return f"{version // 1000}.{version % 1000 // 10}"

@@ -128,7 +128,7 @@ class TorchBackend(DeviceBackend):
 
     def _arena_closed(self, arena: SlabArena) -> None:
         super()._arena_closed(arena)
-        # torch keeps pinned memory that comes back, in sizes of powers of two; older ones have no public way to free it.
+        # torch keeps pinned memory that comes back, in sizes of powers of two; old ones have no public way to free it.
         if arena.pinned and (free := getattr(self._torch.accelerator, "empty_host_cache", None)) is not None:
             free()
 
@@ -147,5 +147,8 @@ def _cuda_problem(index: int) -> str | None:
         warnings.simplefilter("ignore")  # torch warns where it could answer; the answer is what counts here
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= seen:
-        return f"the driver offers cuda:{index}, but torch {torch.__version__} sees {seen} GPUs: check CUDA_VISIBLE_DEVICES"
+        return (
+            f"the driver offers cuda:{index}, but torch {torch.__version__} sees {seen} GPUs: is this a CUDA build for "
+            "this GPU (https://pytorch.org/get-started/locally), and what is in CUDA_VISIBLE_DEVICES?"
+        )
     return None

@@ -39,7 +39,7 @@ PORTS = ("8000", "8935", "8936", "7936", "5935")
 START_SECONDS = 30.0
 STOP_SECONDS = 15.0
 
-BLOCK = re.compile(r"(?:^<!-- test: (?P<how>.+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"(?:^<!-- test: (?P<how>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 
 
 class Block(NamedTuple):
@@ -155,6 +155,7 @@ class Reader:
     def here(self, text: str) -> str:
         """The same on this section's ports, and not open to other machines."""
         moved = re.sub(rf"(?<!\d)({'|'.join(PORTS)})(?!\d)", lambda found: self.instead[found[0]], text)
+        moved = re.sub(r"(run_processor\(.*port=\d+)\)", r'\1, host="127.0.0.1")', moved)
         return moved.replace("0.0.0.0", "127.0.0.1")
 
     def follow(self, block: Block) -> None:
@@ -169,7 +170,7 @@ class Reader:
         elif how == "run":
             self.output = self.run(body)
         elif how == "prints":
-            assert self.output == body
+            assert self.output.rstrip("\n") == body.rstrip("\n")
         else:
             pytest.fail(f"README.md has a block with an unknown comment: test: {block.how}")
 

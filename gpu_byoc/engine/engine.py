@@ -127,7 +127,7 @@ class Engine:
         with self.lock:
             self.closing = True
             dropped = self.batcher.drain() if queued else []
-            waiting, self._lines = list(self._lines.values()), {}
+            waiting = self._dismiss(list(self._lines.values()))
             for room in self._rooms.values():
                 waiting += room.early or []
                 room.early = None if room.arena else []
@@ -216,7 +216,7 @@ class Engine:
             early, room.early = room.early or [], None
             if error is not None:
                 del self._rooms[room.nbytes]
-                early += [self._lines.pop(key) for key, lease in list(self._lines.items()) if lease._room is room]
+                early += self._dismiss([lease for lease in self._lines.values() if lease._room is room])
         for lease in early:
             lease.ready(error)
 
@@ -240,7 +240,7 @@ class Engine:
                 if lease._want is None:
                     return
                 served = pool.cancel(lease._want)
-                self._lines.pop(id(lease._want), None)
+                del self._lines[id(lease._want)]
                 lease._want = None
                 lease._room.leases -= 1
             else:
@@ -256,13 +256,21 @@ class Engine:
             lucky = self._admit(served)
         _tell(lucky)
 
+    def _dismiss(self, leases: list[Lease]) -> list[Lease]:
+        """Under the lock: out of the line with them, last first, so that nobody is served on the way."""
+        for lease in reversed(leases):
+            assert lease._want is not None
+            lease._room.pool.cancel(lease._want)
+            lease._room.leases -= 1
+            del self._lines[id(lease._want)]
+            lease._want = None
+        return leases
+
     def _admit(self, served: list[Want]) -> list[Lease]:
         """Under the lock: wants that got their slots become leases to be told."""
         lucky = []
         for want in served:
-            lease = self._lines.pop(id(want), None)
-            if lease is None:  # told off by close(); the slots are of no use to anybody
-                continue
+            lease = self._lines.pop(id(want))
             lease.hold, lease._want = want.hold, None
             if lease._room.early is not None:
                 lease._room.early.append(lease)

@@ -1,0 +1,288 @@
+"""Streams, lanes and failures of the device backends, on a device that can be held, starved and broken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_byoc.backend import BatchTimes
+from gpu_byoc.errors import BackendUnavailable, DeviceLost, DeviceOutOfMemory
+from gpu_byoc.frames import FrameSpec
+from gpu_byoc.processor import ArrayProcessor, NoParams
+from gpu_byoc.processors.passthrough import Passthrough
+
+from tests.backends.fake_cupy import StandInBackend
+from tests.backends.kit import House, noise
+
+SPEC = FrameSpec(8, 4)  # 96 bytes
+
+
+class Invert(ArrayProcessor):
+    def process_batch(self, frames: Any, params: Any, xp: Any) -> Any:
+        return frames ^ 0xFF
+
+
+class InvertInPlace(Invert):
+    """The same as a kernel, which may write to the lane."""
+
+    @staticmethod
+    def kernel(frames: Any, params: Any) -> Any:
+        np.bitwise_xor(frames, 0xFF, out=frames)
+        return frames
+
+    kernels = {"stand-in": kernel}
+
+
+@pytest.fixture(params=[Invert, InvertInPlace])
+def backend(request: pytest.FixtureRequest) -> Iterator[StandInBackend]:
+    yield from _opened(request.param())
+
+
+@pytest.fixture
+def plain() -> Iterator[StandInBackend]:
+    yield from _opened(Invert())
+
+
+def _opened(processor: ArrayProcessor) -> Iterator[StandInBackend]:
+    backend = StandInBackend()
+    try:
+        backend.open(None, processor)
+        yield backend
+    finally:
+        backend.fake.lost = ""
+        backend.close()
+
+
+def down(backend: StandInBackend) -> Any:
+    """The download stream."""
+    return backend._down
+
+
+def test_submit_returns_while_downloads_are_held_and_slots_keep_their_input(backend: StandInBackend) -> None:
+    house = House.of(backend, SPEC, 8)
+    down(backend).open.clear()
+    flying = []
+    for seed, slots in enumerate([(0, 1), (5, 4), (7, 2)]):
+        frames = noise(seed, 2, SPEC)
+        flying.append((backend.submit(house.put(slots, frames, NoParams())), slots, frames))
+    house.check()  # all computed, nothing written
+    down(backend).open.set()
+    for submission, slots, frames in flying:
+        submission.wait()
+        house.expect(slots, frames ^ np.uint8(0xFF))
+    house.check()
+
+
+def test_the_upload_comes_before_the_processor(plain: StandInBackend) -> None:
+    """Held uploads hold the processor's call; only the event between the streams makes it so."""
+    house = House.of(plain, SPEC, 1)
+    plain._up.open.clear()  # type: ignore[attr-defined]
+    import threading
+
+    threading.Timer(0.05, plain._up.open.set).start()  # type: ignore[attr-defined]
+    frames = noise(0, 1, SPEC)
+    plain.submit(house.put((0,), frames, NoParams())).wait()
+    house.expect((0,), frames ^ np.uint8(0xFF))
+    house.check()
+
+
+def test_neighbouring_slots_are_one_copy_each_way(plain: StandInBackend) -> None:
+    house = House.of(plain, SPEC, 8)
+    plain.submit(house.put((2, 3, 4, 5, 0), noise(0, 5, SPEC), NoParams())).wait()
+    assert plain.fake.copies == 4
+
+
+def test_device_memory_is_allocated_once_and_freed_with_its_arena(backend: StandInBackend) -> None:
+    house = House.of(backend, SPEC, 8)
+
+    def two_in_flight() -> None:
+        flying = [backend.submit(house.put(slots, noise(0, 3, SPEC), NoParams())) for slots in [(0, 1, 2), (5, 6, 7)]]
+        for submission in flying:
+            submission.wait()
+
+    two_in_flight()
+    allocations = backend.fake.allocations
+    for _ in range(5):
+        two_in_flight()
+    backend.submit(house.put((0, 1, 2, 3), noise(0, 4, SPEC), NoParams())).wait()  # 3 and 4 frames share a bucket
+    assert backend.fake.allocations == allocations
+    assert backend.fake.used > 0
+    house.arena.close()
+    assert backend.fake.used == 0
+
+
+def test_an_arena_that_is_closed_twice_is_closed(plain: StandInBackend) -> None:
+    arena = plain.arena(96, 2)
+    kept = arena.view(1)
+    arena.close()
+    arena.close()
+    kept[0] = 7  # a view that a transport still holds keeps its memory
+
+
+# --- memory that runs out
+
+
+def test_idle_lanes_of_other_sizes_make_room(plain: StandInBackend) -> None:
+    large, small = House.of(plain, FrameSpec(64, 64), 1), House.of(plain, SPEC, 1)
+    plain.submit(large.put((0,), noise(0, 1, large.spec), NoParams())).wait()
+    plain.fake.budget = plain.fake.used + 100  # not enough for two arrays of 96 bytes beside the idle lane
+    frames = noise(1, 1, SPEC)
+    plain.submit(small.put((0,), frames, NoParams())).wait()
+    small.expect((0,), frames ^ np.uint8(0xFF))
+    small.check()
+
+
+def test_a_batch_that_does_not_fit_says_so_and_a_smaller_one_works(plain: StandInBackend) -> None:
+    plain.fake.budget = 500
+    house, frames = House.of(plain, SPEC, 8), noise(0, 8, SPEC)
+    with pytest.raises(DeviceOutOfMemory, match=r"cuda:0 .*--max-batch"):
+        plain.submit(house.put(tuple(range(8)), frames, NoParams())).wait()
+    house.check()
+    plain.submit(house.put((0, 1), frames[:2], NoParams())).wait()
+    house.expect((0, 1), frames[:2] ^ np.uint8(0xFF))
+    house.check()
+
+
+class Greedy(ArrayProcessor):
+    """Allocates on the device as it goes, like a model."""
+
+    fake: Any
+
+    def process_batch(self, frames: Any, params: Any, xp: Any) -> Any:
+        self.fake.empty(400 * len(frames), np.uint8)
+        return frames
+
+
+def test_memory_that_runs_out_in_a_processor_is_the_device_s(plain: StandInBackend) -> None:
+    greedy = plain._processor = Greedy()
+    greedy.fake, plain.fake.budget = plain.fake, 900
+    house, frames = House.of(plain, SPEC, 2), noise(0, 2, SPEC)
+    house.expect((0, 1), frames)
+    with pytest.raises(DeviceOutOfMemory):
+        plain.submit(house.put((0, 1), frames, NoParams())).wait()
+    assert plain.fake.used == 0, "idle lanes are freed"
+    for slot in (0, 1):
+        plain.submit(house.put((slot,), frames[[slot]], NoParams())).wait()
+    house.check()
+
+
+# --- pinned memory
+
+
+def test_pinned_memory_is_said_to_be(plain: StandInBackend) -> None:
+    assert plain.arena(96, 2).pinned
+    assert plain.info()["degraded"] == []
+
+
+def test_memory_that_cannot_be_pinned_is_said_once_and_works(plain: StandInBackend, caplog: Any) -> None:
+    plain.fake.pinnable = False
+    house, frames = House.of(plain, SPEC, 2), noise(0, 2, SPEC)
+    assert not house.arena.pinned
+    plain.arena(96, 2)
+    (reason,) = plain.info()["degraded"]
+    assert "not pinned (cudaErrorMemoryAllocation" in reason
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    plain.submit(house.put((0, 1), frames, NoParams())).wait()
+    house.expect((0, 1), frames ^ np.uint8(0xFF))
+    house.check()
+
+
+def test_memory_that_must_be_pinned(plain: StandInBackend) -> None:
+    plain.fake.pinnable = False
+    plain.require_pinned = True
+    with pytest.raises(BackendUnavailable, match="not pinned .* --slots"):
+        plain.arena(96, 2)
+
+
+# --- a device that fails for good
+
+
+class Breaks(ArrayProcessor):
+    """Does to the device what an illegal address does, and notices something else."""
+
+    fake: Any
+
+    def process_batch(self, frames: Any, params: Any, xp: Any) -> Any:
+        self.fake.lost = "cudaErrorIllegalAddress: an illegal memory access was encountered"
+        raise KeyError("an exception that says nothing of devices")
+
+
+def test_a_device_that_breaks_under_a_processor(plain: StandInBackend) -> None:
+    house = House.of(plain, SPEC, 1)
+    breaks = plain._processor = Breaks()
+    breaks.fake = plain.fake
+    with pytest.raises(DeviceLost, match=r"cuda:0 failed for good \(cudaErrorIllegalAddress.*restart") as caught:
+        plain.submit(house.put((0,), noise(0, 1, SPEC), NoParams()))
+    assert isinstance(caught.value.__cause__, KeyError)
+    house.check()
+
+
+def test_a_device_that_breaks_in_flight_stays_lost(plain: StandInBackend) -> None:
+    house = House.of(plain, SPEC, 2)
+    batch = house.put((0,), noise(0, 1, SPEC), NoParams())
+    submission = plain.submit(batch)
+    plain.fake.lost = "cudaErrorLaunchFailure"
+    with pytest.raises(DeviceLost, match="cudaErrorLaunchFailure"):
+        submission.wait()
+    plain.fake.lost = ""
+    with pytest.raises(DeviceLost, match="cudaErrorLaunchFailure"):
+        plain.submit(batch)
+
+
+def test_a_device_that_does_not_open() -> None:
+    backend = StandInBackend()
+    backend.fake._stream = None  # type: ignore[assignment]
+
+    def refuse(non_blocking: bool) -> Any:
+        from tests.backends.fake_cupy import CUDARuntimeError
+
+        raise CUDARuntimeError("cudaErrorDevicesUnavailable")
+
+    backend.fake.cuda.Stream = refuse
+    with pytest.raises(BackendUnavailable, match=r"cannot open cuda:3 \(cudaErrorDevicesUnavailable\).*nvidia-smi"):
+        backend.open("cuda:3", Passthrough())
+    backend.close()
+
+
+# --- kernels
+
+
+class BadKernel(Invert):
+    @staticmethod
+    def kernel(frames: Any, params: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    kernels = {"stand-in": kernel}
+
+
+def test_a_kernel_that_does_not_build_is_said_and_the_generic_form_used() -> None:
+    for backend in _opened(BadKernel()):
+        (reason,) = backend.info()["degraded"]
+        assert "kernel of BadKernel does not run here (RuntimeError: no compiler)" in reason
+        house, frames = House.of(backend, SPEC, 1), noise(0, 1, SPEC)
+        assert isinstance(backend.submit(house.put((0,), frames, NoParams())).wait(), BatchTimes)
+        house.expect((0,), frames ^ np.uint8(0xFF))
+        house.check()
+
+
+# --- torch says "out of memory" by a class of its own
+
+
+@pytest.mark.needs_torch
+def test_torch_out_of_memory_in_a_processor() -> None:
+    import torch
+    from gpu_byoc_backends.torch_cuda import TorchBackend
+
+    class Full(ArrayProcessor):
+        def process_batch(self, frames: Any, params: Any, xp: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    backend = TorchBackend()
+    backend.open("cpu", Full())
+    house = House.of(backend, SPEC, 1)
+    with pytest.raises(DeviceOutOfMemory, match=r"2.00 GiB.*--max-batch"):
+        backend.submit(house.put((0,), noise(0, 1, SPEC), NoParams()))
+    house.check()
+    backend.close()

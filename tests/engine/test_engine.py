@@ -1,0 +1,385 @@
+"""The engine with real threads and real backends: order, failure, cancel, shutdown."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_byoc_backends.numpy_cpu import NumpyBackend
+
+from gpu_byoc.backend import Batch, BatchTimes
+from gpu_byoc.config import EngineConfig
+from gpu_byoc.engine.device import Outcome
+from gpu_byoc.engine.engine import Engine, Lease
+from gpu_byoc.errors import DeviceLost, Draining, GpuByocError, Overloaded, ProcessorFailed, ProcessorOutput, TooLarge
+from gpu_byoc.frames import FrameSpec
+from gpu_byoc.processor import ArrayProcessor, parse_params
+from gpu_byoc.processors.green_tint import GreenTint
+
+SPEC = FrameSpec(4, 2)
+WAIT = 20.0
+
+
+class Gated(ArrayProcessor):
+    """Adds 1 to every byte, waits at a gate if there is one, and cannot stand the byte 13."""
+
+    def __init__(self) -> None:
+        self.gate: threading.Event | None = None
+        self.entered: queue.Queue[int] = queue.Queue()
+        self.sizes: list[int] = []
+
+    def process_batch(self, frames: Any, params: Any, xp: Any) -> Any:
+        self.sizes.append(len(frames))
+        self.entered.put(len(frames))
+        if self.gate is not None:
+            assert self.gate.wait(WAIT)
+        if (frames == 13).any():
+            raise ValueError("thirteen")
+        return frames + np.uint8(1)
+
+
+class House:
+    """An engine and what its callers do, in blocking words."""
+
+    def __init__(self, processor: ArrayProcessor, backend: Any = None, **config: Any) -> None:
+        self.processor = processor
+        self.engine = Engine(backend or NumpyBackend(), processor, EngineConfig(**config))
+        self.engine.start().result(WAIT)
+        self.params = parse_params(processor, {})
+
+    def lease(self, frames: int = 1, spec: FrameSpec = SPEC) -> Lease:
+        answer: queue.Queue[GpuByocError | None] = queue.Queue()
+        lease = self.engine.lease(spec, frames, answer.put)
+        if not lease.granted:
+            error = answer.get(timeout=WAIT)
+            if error is not None:
+                lease.release()
+                raise error
+        return lease
+
+    def submit(self, value: int, stream: str = "s", frames: int = 1) -> tuple[Lease, queue.Queue[Outcome]]:
+        lease = self.lease(frames)
+        for view in lease.views:
+            view[:] = bytes([value]) * view.nbytes
+        outcome: queue.Queue[Outcome] = queue.Queue()
+        lease.submit(stream, self.params, outcome.put)
+        return lease, outcome
+
+    def free(self) -> int:
+        return sum(room["free"] for room in self.engine.rooms())
+
+
+@pytest.fixture
+def processor() -> Gated:
+    return Gated()
+
+
+@pytest.fixture
+def house(processor: Gated) -> Iterator[House]:
+    house = House(processor, slots=8, max_batch=4)
+    yield house
+    if processor.gate is not None:
+        processor.gate.set()
+    house.engine.close()
+
+
+def value(lease: Lease) -> set[int]:
+    return {byte for view in lease.views for byte in view}
+
+
+def test_a_frame_goes_in_and_comes_out(house: House) -> None:
+    lease, outcome = house.submit(5)
+    result = outcome.get(timeout=WAIT)
+    assert result.error is None
+    assert result.batch == 1
+    assert value(lease) == {6}
+    assert house.free() == 7
+    lease.release()
+    lease.release()
+    assert house.free() == 8
+
+
+def test_batches_grow_while_the_device_is_busy(house: House, processor: Gated) -> None:
+    processor.gate = threading.Event()
+    first = house.submit(0, "first")
+    assert processor.entered.get(timeout=WAIT) == 1
+    others = [house.submit(i, f"stream {i}") for i in range(1, 7)]
+    processor.gate.set()
+    for number, (lease, outcome) in enumerate([first, *others]):
+        assert outcome.get(timeout=WAIT).error is None
+        assert value(lease) == {number + 1}
+        lease.release()
+    assert processor.sizes == [1, 4, 2]
+
+
+def test_a_streams_frames_come_back_in_order(house: House) -> None:
+    order: queue.Queue[int] = queue.Queue()
+    leases = []
+    for i in range(8):
+        lease = house.lease()
+        lease.views[0][:] = bytes([i]) * SPEC.nbytes
+        leases.append(lease)
+        lease.submit("one", house.params, lambda _, i=i: order.put(i))
+    assert [order.get(timeout=WAIT) for _ in range(8)] == list(range(8))
+    for lease in leases:
+        lease.release()
+
+
+def test_a_poison_frame_fails_alone(house: House, processor: Gated) -> None:
+    processor.gate = threading.Event()
+    blocker = house.submit(0)
+    processor.entered.get(timeout=WAIT)
+    jobs = [house.submit(v, f"s{v}") for v in (1, 2, 13, 4)]
+    processor.gate.set()
+    blocker[0].release()
+    for number, (lease, outcome) in zip((1, 2, 13, 4), jobs, strict=True):
+        result = outcome.get(timeout=WAIT)
+        if number == 13:
+            assert isinstance(result.error, ProcessorFailed)
+            assert "thirteen" in str(result.error)
+            assert isinstance(result.error.__cause__, ValueError)
+            assert value(lease) == {13}, "a failed frame is not touched"
+        else:
+            assert result.error is None
+            assert value(lease) == {number + 1}
+        lease.release()
+    assert house.engine.errors == {"processor_failed": 1}
+    assert house.free() == 8
+    after, outcome = house.submit(7)
+    assert outcome.get(timeout=WAIT).error is None
+    after.release()
+
+
+def test_several_frames_are_one_batch_in_order(house: House, processor: Gated) -> None:
+    lease = house.lease(3)
+    frames = np.repeat(np.array([1, 2, 3], np.uint8), SPEC.nbytes).tobytes()
+    at = 0
+    for view in lease.views:
+        view[:] = frames[at : at + view.nbytes]
+        at += view.nbytes
+    outcome: queue.Queue[Outcome] = queue.Queue()
+    lease.submit("s", house.params, outcome.put)
+    assert outcome.get(timeout=WAIT).batch == 3
+    assert processor.sizes == [3]
+    assert b"".join(lease.views) == np.repeat(np.array([2, 3, 4], np.uint8), SPEC.nbytes).tobytes()
+    lease.release()
+
+
+def test_cancelled_while_waiting_it_is_never_computed(house: House, processor: Gated) -> None:
+    processor.gate = threading.Event()
+    running, running_outcome = house.submit(1)
+    processor.entered.get(timeout=WAIT)
+    waiting, waiting_outcome = house.submit(2)
+    waiting.release()
+    assert house.free() == 7, "the slot is back at once"
+    running.release()
+    assert house.free() == 7, "the device still uses this one"
+    processor.gate.set()
+    last, outcome = house.submit(3)
+    assert outcome.get(timeout=WAIT).error is None
+    last.release()
+    assert house.free() == 8
+    assert running_outcome.empty()
+    assert waiting_outcome.empty()
+    assert sum(processor.sizes) == 2
+
+
+def test_the_line_for_slots_is_first_come_first_served_and_bounded(house: House) -> None:
+    held = [house.lease() for _ in range(8)]
+    told: queue.Queue[int] = queue.Queue()
+    waiting = [house.engine.lease(SPEC, 1, lambda error, i=i: told.put(i)) for i in range(8)]
+    assert not any(lease.granted for lease in waiting)
+    with pytest.raises(Overloaded, match="already waiting"):
+        house.engine.lease(SPEC, 1, lambda error: None)
+    waiting[0].release()
+    held[0].release()
+    assert told.get(timeout=WAIT) == 1
+    assert waiting[1].granted
+    for lease in held + waiting:
+        lease.release()
+    assert house.free() == 8
+
+
+def test_too_many_frames_are_refused(house: House) -> None:
+    with pytest.raises(TooLarge, match="max-batch"):
+        house.lease(5)
+
+
+def test_memory_is_bounded_and_idle_sizes_make_room() -> None:
+    house = House(Gated(), slots=4, max_batch=2, memory=4 * 300)
+    small, large = FrameSpec(50, 1), FrameSpec(100, 1)
+    lease = house.lease(spec=small)
+    with pytest.raises(Overloaded, match="other sizes"):
+        house.lease(spec=large)
+    lease.release()
+    other = house.lease(spec=large)
+    assert [room["frame_bytes"] for room in house.engine.rooms()] == [300]
+    other.release()
+    with pytest.raises(TooLarge, match="--memory"):
+        house.lease(spec=FrameSpec(1000, 1))
+    house.engine.close()
+
+
+def test_wrong_output_is_typed_and_leaves_the_input() -> None:
+    class Half(ArrayProcessor):
+        def process_batch(self, frames: Any, params: Any, xp: Any) -> Any:
+            return frames[:, ::2]
+
+    house = House(Half())
+    lease, outcome = house.submit(9)
+    error = outcome.get(timeout=WAIT).error
+    assert isinstance(error, ProcessorOutput)
+    assert "(1, 1, 4, 3)" in str(error)
+    assert "(1, 2, 4, 3)" in str(error)
+    assert value(lease) == {9}
+    house.engine.close()
+
+
+def test_closing_finishes_what_was_submitted_and_refuses_the_rest(house: House, processor: Gated) -> None:
+    processor.gate = threading.Event()
+    jobs = [house.submit(i) for i in range(3)]
+    held = house.lease()
+    closing = threading.Thread(target=house.engine.close)
+    closing.start()
+    processor.gate.set()
+    closing.join(WAIT)
+    assert not closing.is_alive()
+    assert [outcome.get(timeout=WAIT).error for _, outcome in jobs] == [None] * 3
+    with pytest.raises(Draining):
+        held.submit("s", house.params, lambda outcome: None)
+    with pytest.raises(Draining):
+        house.lease()
+    held.release()
+    for lease, _ in jobs:
+        lease.release()
+    assert house.free() == 8
+
+
+def test_closing_without_flush_fails_what_waits(house: House, processor: Gated) -> None:
+    processor.gate = threading.Event()
+    running = house.submit(1)
+    processor.entered.get(timeout=WAIT)
+    waiting = [house.submit(i) for i in range(6)]
+    blocked: queue.Queue[GpuByocError | None] = queue.Queue()
+    lease = house.lease()
+    in_line = house.engine.lease(SPEC, 1, blocked.put)
+    closing = threading.Thread(target=house.engine.close, args=(False,))
+    closing.start()
+    for _, outcome in waiting:
+        assert isinstance(outcome.get(timeout=WAIT).error, Draining)
+    assert isinstance(blocked.get(timeout=WAIT), Draining)
+    processor.gate.set()
+    closing.join(WAIT)
+    assert running[1].get(timeout=WAIT).error is None
+    for each in [lease, in_line, running[0], *(w[0] for w in waiting)]:
+        each.release()
+    assert house.free() == 8
+
+
+class Dying(NumpyBackend):
+    """Loses its device on the second batch, with more on their way."""
+
+    depth = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.gate = threading.Event()
+
+    def submit(self, batch: Batch) -> Any:
+        self.count += 1
+        done = super().submit(batch)
+        number, gate = self.count, self.gate
+
+        class Later:
+            def wait(self) -> BatchTimes:
+                assert gate.wait(WAIT)
+                if number == 2:
+                    raise DeviceLost("an illegal address was met")
+                return done.wait()
+
+        return Later()
+
+
+def test_a_lost_device_fails_everything_with_one_error() -> None:
+    backend = Dying()
+    house = House(GreenTint(), backend, slots=8, max_batch=1, depth=3)
+    fatal: queue.Queue[GpuByocError] = queue.Queue()
+    house.engine.on_fatal = fatal.put
+    jobs = [house.submit(i, f"s{i}") for i in range(6)]
+    backend.gate.set()
+    errors = [outcome.get(timeout=WAIT).error for _, outcome in jobs]
+    assert errors[0] is None
+    assert all(isinstance(error, DeviceLost) for error in errors[1:])
+    assert isinstance(fatal.get(timeout=WAIT), DeviceLost)
+    for lease, _ in jobs:
+        lease.release()
+    assert house.free() == 8
+    house.engine.close()
+    assert house.engine.fatal is errors[1]
+
+
+def test_a_start_that_fails_says_why() -> None:
+    class Broken(GreenTint):
+        def setup(self, xp: Any, device: Any) -> None:
+            raise RuntimeError("no weights")
+
+    engine = Engine(NumpyBackend(), Broken(), EngineConfig())
+    with pytest.raises(RuntimeError, match="no weights"):
+        engine.start().result(WAIT)
+    engine.close()
+
+
+def test_shares_of_a_batch_add_up(house: House, processor: Gated) -> None:
+    processor.gate = threading.Event()
+    blocker = house.submit(0, "blocker")
+    processor.entered.get(timeout=WAIT)
+    jobs = [house.submit(i, f"s{i}") for i in range(4)]
+    processor.gate.set()
+    outcomes = [outcome.get(timeout=WAIT) for _, outcome in [blocker, *jobs]]
+    rows, totals, device = house.engine.usage()
+    assert device.compute_ns == sum(o.compute_ns for o in outcomes) == sum(u.compute_ns for u in totals.values())
+    assert device.compute_ns == sum(usage.compute_ns for _, _, usage in rows)
+    assert device.frames == 5
+    assert device.batches == 2
+    assert all(outcome.queue_ns > 0 for outcome in outcomes)
+    for lease, _ in [blocker, *jobs]:
+        lease.release()
+
+
+def test_many_threads_lose_nothing(house: House) -> None:
+    """Eight callers hammer eight slots, a third of them giving up at a random moment."""
+    errors: list[BaseException] = []
+    finished = threading.Semaphore(0)
+
+    def caller(number: int) -> None:
+        rng = np.random.default_rng(number)
+        try:
+            for _ in range(60):
+                lease, outcome = house.submit(int(rng.integers(0, 12)), f"s{number}")
+                before = None
+                if rng.random() < 0.3:
+                    lease.release()
+                    continue
+                result = outcome.get(timeout=WAIT)
+                assert result.error is None
+                before = value(lease)
+                assert len(before) == 1
+                lease.release()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            finished.release()
+
+    threads = [threading.Thread(target=caller, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert not errors
+    house.engine.close()
+    assert house.free() == 8
