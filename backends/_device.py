@@ -1,4 +1,4 @@
-"""What the device backends share: one slab per arena, lanes of device memory, three streams, events, blame.
+"""What the device backends share: the road of a batch over three streams, and who is to blame when it fails.
 
 The road of a batch, each stream working on another batch at the same time::
 
@@ -17,103 +17,22 @@ A library plugs in by the abstract methods of ``DeviceBackend``; every method wi
 from __future__ import annotations
 
 import logging
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 from array_api_compat import device as device_of
-from numpy.typing import NDArray
 
-from gpu_byoc.backend import Arena, Batch, BatchTimes, runs
+from gpu_byoc.backend import Batch, BatchTimes, runs
 from gpu_byoc.errors import BackendUnavailable, DeviceError, DeviceLost, DeviceOutOfMemory, ProcessorOutput
 from gpu_byoc.frames import BYTES_PER_PIXEL
 from gpu_byoc.processor import ArrayProcessor, Kernel, Processor, processor_name
 
+from ._lanes import Event, Lane, LanePool, Slab, SlabArena, Stream, slab_of
+
 log = logging.getLogger(__name__)
-
-
-class Event(Protocol):
-    """A mark in a stream, as torch and cupy have it."""
-
-    def record(self, stream: Any) -> Any: ...
-
-    def synchronize(self) -> Any: ...
-
-
-class Stream(Protocol):
-    """Work in order, as torch and cupy have it."""
-
-    def wait_event(self, event: Any) -> Any: ...
-
-    def synchronize(self) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Slab:
-    """Host memory of one arena: ``host`` to look at it, ``handle`` what the library copies from and to."""
-
-    host: NDArray[np.uint8]
-    handle: Any
-    pinned: bool
-    why_not: str = ""  # why it is not pinned although it should be
-
-
-class SlabArena:
-    """An arena over one slab. Views that outlive it keep the slab alive."""
-
-    def __init__(self, nbytes: int, slots: int, slab: Slab, closed: Callable[[SlabArena], None]) -> None:
-        self.nbytes = nbytes
-        self.slots = slots
-        self.pinned = slab.pinned
-        self.slab: Slab | None = slab
-        self._bytes = memoryview(slab.host)
-        self._closed = closed
-
-    def view(self, first: int, count: int = 1) -> memoryview:
-        return self._bytes[first * self.nbytes : (first + count) * self.nbytes]
-
-    def close(self) -> None:
-        if self.slab is not None:
-            self._bytes.release()
-            self.slab = None
-            self._closed(self)
-
-
-@dataclass(slots=True)
-class Lane:
-    """Device memory and marks of one batch: flat uint8 of ``bucket * nbytes`` bytes."""
-
-    nbytes: int
-    bucket: int
-    frames: Any
-    marks: tuple[Event, ...]  # in0, in1, c0, c1, out0, out1
-    result: Any = None  # made when a processor first returns an array of its own
-
-
-@dataclass(slots=True)
-class LanePool:
-    """Idle lanes by frame size and bucket. There are as many lanes as batches were ever in flight together."""
-
-    make: Callable[[int, int], Lane]
-    _idle: dict[tuple[int, int], list[Lane]] = field(default_factory=dict)
-
-    def take(self, nbytes: int, frames: int) -> Lane:
-        """A lane for at least ``frames`` frames of ``nbytes`` bytes; buckets are powers of two."""
-        bucket = 1 << (frames - 1).bit_length()
-        idle = self._idle.get((nbytes, bucket))
-        return idle.pop() if idle else self.make(nbytes, bucket)
-
-    def give(self, lane: Lane) -> None:
-        """The lane's last mark has passed."""
-        self._idle.setdefault((lane.nbytes, lane.bucket), []).append(lane)
-
-    def drop(self, nbytes: int | None = None) -> None:
-        """Free the idle lanes of one frame size, or all."""
-        for key in [key for key in self._idle if nbytes in (None, key[0])]:
-            del self._idle[key]
 
 
 class DeviceBackend(ABC):
@@ -267,7 +186,7 @@ class DeviceBackend(ABC):
     # --- inside
 
     def _copy_in(self, batch: Batch, lane: Lane) -> None:
-        slab, at = _slab_of(batch.arena), 0
+        slab, at = slab_of(batch.arena), 0
         lane.marks[0].record(self._up)
         for first, count in runs(batch.slots):
             nbytes = count * lane.nbytes
@@ -292,14 +211,14 @@ class DeviceBackend(ABC):
                 # that the processor writes again while this batch still waits for its download.
                 self._check(result, frames, processor)
                 if lane.result is None:
-                    lane.result = self._empty(lane.bucket * lane.nbytes)
+                    lane.result = self._allocate(lane.bucket * lane.nbytes)
                 output = lane.result
                 self._assign(self._frames(output, count, batch.spec.shape), result)
             lane.marks[3].record(self._compute)
         return output
 
     def _copy_out(self, batch: Batch, lane: Lane, output: Any) -> None:
-        slab, at = _slab_of(batch.arena), 0
+        slab, at = slab_of(batch.arena), 0
         self._down.wait_event(lane.marks[3])
         lane.marks[4].record(self._down)
         for first, count in runs(batch.slots):
@@ -327,23 +246,24 @@ class DeviceBackend(ABC):
                 f"{want[0]} {want[1]} on {want[2]}"
             )
 
+    def _allocate(self, nbytes: int) -> Any:
+        """Device memory, at the cost of idle lanes if there is no other."""
+        try:
+            return self._empty(nbytes)
+        except Exception as error:
+            if not self._is_out_of_memory(error):
+                raise
+        self._free_idle()
+        return self._empty(nbytes)
+
     def _make_lane(self, nbytes: int, bucket: int) -> Lane:
-        return Lane(nbytes, bucket, self._empty(nbytes * bucket), tuple(self._event() for _ in range(6)))
+        return Lane(nbytes, bucket, self._allocate(nbytes * bucket), tuple(self._event() for _ in range(6)))
 
     def _take_lane(self, batch: Batch) -> Lane:
-        nbytes, frames = batch.arena.nbytes, len(batch.slots)
         try:
-            return self._lanes.take(nbytes, frames)
-        except Exception as error:
-            if not self._is_out_of_memory(error):
-                raise self._lose(error) from error
-        self._free_idle()
-        try:
-            return self._lanes.take(nbytes, frames)
-        except Exception as error:
-            if not self._is_out_of_memory(error):
-                raise self._lose(error) from error
-            raise self._out_of_memory(error) from error
+            return self._lanes.take(batch.arena.nbytes, len(batch.slots))
+        except Exception as error:  # the library's: memory, or the device itself
+            raise (self._out_of_memory if self._is_out_of_memory(error) else self._lose)(error) from error
 
     def _after_failure(self, error: BaseException, lane: Lane) -> DeviceError | None:
         """Bring a failed batch to rest; returns what to raise in place of ``error``, None for ``error`` itself.
@@ -356,10 +276,12 @@ class DeviceBackend(ABC):
             self._compute.synchronize()
         except Exception as fault:  # nothing but the device itself fails here
             return self._lose(fault)
-        self._lanes.give(lane)
         if self._is_out_of_memory(error):
+            _forget_arrays(error)
+            lane.frames = lane.result = None
             self._free_idle()
             return self._out_of_memory(error)
+        self._lanes.give(lane)
         return None
 
     def _out_of_memory(self, error: BaseException) -> DeviceOutOfMemory:
@@ -423,7 +345,8 @@ class Flight:
         return BatchTimes(compute_ns=computed, copy_ns=copied_in + copied_out)
 
 
-def _slab_of(arena: Arena) -> Slab:
-    assert isinstance(arena, SlabArena), "a batch's arena comes from the backend that runs it"
-    assert arena.slab is not None, "the arena is closed"
-    return arena.slab
+def _forget_arrays(error: BaseException | None) -> None:
+    """Clear the local variables that ``error``'s tracebacks hold: a processor's arrays, which fill the device."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

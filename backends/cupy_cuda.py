@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ._device import DeviceBackend, Event, Slab, Stream
+from ._device import DeviceBackend
 from ._driver import device_index, dotted, driver_problem, import_problem
+from ._lanes import Event, Slab, Stream
 
 
 class CupyBackend(DeviceBackend):

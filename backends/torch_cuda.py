@@ -8,8 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from ._device import DeviceBackend, Event, Slab, SlabArena, Stream
+import numpy as np
+
+from ._device import DeviceBackend
 from ._driver import device_index, driver_problem, import_problem
+from ._lanes import Event, Slab, SlabArena, Stream
 
 
 class _CpuStream:
@@ -79,18 +82,18 @@ class TorchBackend(DeviceBackend):
                 return Slab(pinned.numpy(), pinned, pinned=True)
             except RuntimeError as error:
                 why_not = str(error).partition("\n")[0] or "no reason given"
-        pageable = torch.empty(nbytes, dtype=torch.uint8)
-        return Slab(pageable.numpy(), pageable, pinned=False, why_not=why_not)
+        pageable = np.empty(nbytes, np.uint8)  # numpy's, because it says MemoryError where torch says RuntimeError
+        return Slab(pageable, torch.from_numpy(pageable), pinned=False, why_not=why_not)
 
     def _empty(self, nbytes: int) -> Any:
         return self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._torch_device)
 
     def _stream(self) -> Stream:
-        return self._torch.cuda.Stream(self._torch_device) if self._cuda else _CpuStream()  # type: ignore[no-any-return]
+        return self._torch.cuda.Stream(self._torch_device) if self._cuda else _CpuStream()
 
     def _event(self) -> Event:
         # blocking: the device thread sleeps while it waits; the cores belong to decoders and encoders.
-        return self._torch.cuda.Event(enable_timing=True, blocking=True) if self._cuda else _CpuEvent()  # type: ignore[no-any-return]
+        return self._torch.cuda.Event(enable_timing=True, blocking=True) if self._cuda else _CpuEvent()
 
     def _on(self, stream: Stream) -> AbstractContextManager[Any]:
         return self._current(stream)

@@ -73,7 +73,11 @@ class ServeConfig:
 
 @dataclass(frozen=True, slots=True)
 class OrchestratorConfig:
-    """The local orchestrator; names follow the flags of the quickstart page."""
+    """The local orchestrator; names follow the flags of the quickstart page.
+
+    ``capacity`` jobs run at once. ``max_body`` bytes bound a job's body. ``stall`` bounds, in seconds, the time in which
+    nothing of a job moves (a processor's whole thinking time, for one), not the job as a whole.
+    """
 
     host: str
     port: int
@@ -84,11 +88,21 @@ class OrchestratorConfig:
     container_url: str = ""
     model_id: str = ""
     capacity: int = 8
+    max_body: int = 64 * MIB
+    stall: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ConfigError("-byocCapacity must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """The local gateway; names follow the flags of the quickstart page."""
+    """The local gateway; names follow the flags of the quickstart page.
+
+    ``stall`` is 5 s more than an orchestrator's, so that the one that knows what is stuck says so first.
+    ``token_ttl`` is how many seconds an orchestrator's word about its capacity is taken for true.
+    """
 
     orchestrators: tuple[str, ...]
     host: str
@@ -97,3 +111,6 @@ class GatewayConfig:
     cli_port: int
     datadir: Path
     http_ingest: bool = False
+    max_body: int = 64 * MIB
+    stall: float = 65.0
+    token_ttl: float = 1.0

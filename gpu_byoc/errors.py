@@ -15,6 +15,7 @@
     |- Unavailable (retry_after)      load
     |  |- AllBusy                     load        503    the job; nothing was started
     |  |- Draining                    load        503    the job; the process is on its way out
+    |  |- NoCapacity                  load        503    the job, here; another orchestrator may take it
     |  |- NotReady                    load        503    the job; the processor is still loading
     |  `- Overloaded                  load        503    the job; nothing was started
     |- ProcessorError                 processor
@@ -24,6 +25,7 @@
     |  |- DeviceLost                  device      500    the process: only a restart helps
     |  `- DeviceOutOfMemory           device      503    its frames, after smaller batches failed too
     |- NetworkError                   network
+    |  |- ContainerTimeout            network     504    the job
     |  |- ContainerUnreachable        network     502    the job
     |  `- OrchestratorUnreachable     network     502    the job, after every other one was asked
     `- OperatorError                  operator
@@ -139,6 +141,12 @@ class Draining(Unavailable):
     retry_after = 10
 
 
+class NoCapacity(Unavailable):
+    """This orchestrator does not have the capability that it was sent a job for."""
+
+    code = "no_capacity"
+
+
 class NotReady(Unavailable):
     code = "not_ready"
     retry_after = 2
@@ -194,6 +202,13 @@ class DeviceOutOfMemory(DeviceError):
 class NetworkError(GpuByocError):
     status = 502
     blame = "network"
+
+
+class ContainerTimeout(NetworkError):
+    """The container took the job and then let nothing be heard of it."""
+
+    code = "container_timeout"
+    status = 504
 
 
 class ContainerUnreachable(NetworkError):

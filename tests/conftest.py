@@ -46,15 +46,24 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def skip_or_fail(variable: str, reason: str) -> None:
-    """Skip, unless the environment says that this machine must have what is missing."""
-    if os.environ.get(variable) == "1":
-        pytest.fail(f"{reason}, and {variable}=1 says it must be there", pytrace=False)
-    pytest.skip(reason)
+def missing(item: pytest.Item) -> tuple[str, str] | None:
+    """What ``item`` needs and this machine lacks: the variable that says it must be there, and the reason to skip."""
+    if item.get_closest_marker("needs_torch") and not has_torch():
+        return "GPU_BYOC_REQUIRE_TORCH", "torch is not installed (make test TORCH=1 installs it)"
+    if item.get_closest_marker("needs_cuda") and cuda_devices() == 0:
+        return "GPU_BYOC_REQUIRE_CUDA", "no NVIDIA GPU here"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip by mark, so that the summary lists the test's own file and not this one."""
+    for item in items:
+        lack = missing(item)
+        if lack and os.environ.get(lack[0]) != "1":
+            item.add_marker(pytest.mark.skip(reason=lack[1]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("needs_torch") and not has_torch():
-        skip_or_fail("GPU_BYOC_REQUIRE_TORCH", "torch is not installed (make test TORCH=1 installs it)")
-    if item.get_closest_marker("needs_cuda") and cuda_devices() == 0:
-        skip_or_fail("GPU_BYOC_REQUIRE_CUDA", "no NVIDIA GPU here")
+    lack = missing(item)
+    if lack:  # not skipped, so it is required
+        pytest.fail(f"{lack[1]}, and {lack[0]}=1 says it must be there", pytrace=False)

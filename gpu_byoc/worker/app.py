@@ -82,18 +82,21 @@ class Worker:
         try:
             return await jobs.handle(self, request)
         finally:
-            self.active -= 1
-            if self.draining and not self.active:
-                self.quiet.set()
+            self._left()
+
+    def _left(self) -> None:
+        self.active -= 1
+        if self.draining and not self.active:
+            self.quiet.set()
 
     async def _expect(self, request: web.Request) -> web.StreamResponse | None:
         """``Expect: 100-continue``: a body that will be refused is not asked for."""
-        if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
-            raise web.HTTPExpectationFailed(text=f"unknown Expect: {request.headers.get(hdrs.EXPECT)}")
         if (request.content_length or 0) > self.config.max_body:
             return http_error(
                 TooLarge(f"a body of {request.content_length} bytes; the limit is {self.config.max_body}")
             )
+        if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
+            raise web.HTTPExpectationFailed
         if request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return None
@@ -128,7 +131,7 @@ class Worker:
                 status=error.status,
                 headers={key: value for key, value in error.headers.items() if key == hdrs.ALLOW},
             )
-        except ConnectionError:
+        except (ConnectionError, asyncio.CancelledError):  # aiohttp cancels the handler of a client that went away
             self.metrics.errors.labels("client_gone").inc()
             raise
         except Exception:  # a bug of ours: the caller gets no internals, the log gets everything

@@ -157,7 +157,7 @@ class FakeCupy:
             raise OutOfMemoryError(f"{nbytes} bytes asked, {self.budget - self.used} left")
         self.used += nbytes
         self.allocations += 1
-        array = np.full(nbytes, 0xA5, dtype)
+        array: np.ndarray[Any, Any] = np.full(nbytes, 0xA5, dtype)
         weakref.finalize(array, self._freed, nbytes)
         return array
 
@@ -193,7 +193,7 @@ class FakeCupy:
         self.streams[stream].enqueue(lambda: ctypes.memmove(target, source, nbytes))
 
 
-class StandInBackend(CupyBackend):
+class StandInBackend(CupyBackend):  # type: ignore[misc]  # mypy knows it as backends/
     """The cupy backend's own code on ``FakeCupy``; only what needs CUDA itself is replaced."""
 
     name = "stand-in"

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from gpu_byoc.backend import Arena, Backend, Batch
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.processor import ArrayProcessor
+from tests.conftest import skip_or_fail
 
 POISON = 0xA5  # what a slot holds before a frame comes
 
@@ -43,7 +45,7 @@ def opened(case: tuple[str, str | None], processor: ArrayProcessor) -> Iterator[
     """A backend that is open; one that cannot open although nothing is missing is a failure, not a skip."""
     name, device = case
     if name == "cupy" and importlib.util.find_spec("cupy") is None:
-        pytest.skip("cupy is not installed")
+        skip_or_fail("GPU_BYOC_REQUIRE_CUDA", "cupy is not installed")
     backend: Backend = backend_class(name)()
     try:
         backend.open(device, processor)

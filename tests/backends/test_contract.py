@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from gpu_byoc.errors import BackendUnavailable, ProcessorOutput
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.processor import ArrayProcessor, FrameProcessor, NoParams
 from gpu_byoc.processors.grayscale import Grayscale
 from gpu_byoc.processors.green_tint import GreenTint
 from gpu_byoc.processors.passthrough import Passthrough
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tests.backends.kit import House, noise, opened, oracle
 
 BOOSTS = (0, 1, 80, 254, 255)
@@ -102,7 +103,7 @@ def test_any_shape_slots_and_boost(case: Any, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("cls", SHIPPED)
 def test_batches_in_flight_do_not_mix(case: Any, cls: type[ArrayProcessor]) -> None:
-    """Twice as many batches as ``depth`` are on their way; slots scattered, all waited for in order, three times over."""
+    """More batches than ``depth`` are on their way, slots scattered, waited for in order; three times over."""
     spec, processor = FrameSpec(64, 48), cls()
     with opened(case, processor) as backend:
         groups = [(7, 2, 3), (0,), (5, 6, 11, 8), (4, 1), (9, 10)]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+
 from gpu_byoc.backend import BatchTimes
 from gpu_byoc.errors import BackendUnavailable, DeviceLost, DeviceOutOfMemory
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.processor import ArrayProcessor, NoParams
 from gpu_byoc.processors.passthrough import Passthrough
-
-from tests.backends.fake_cupy import StandInBackend
+from tests.backends.fake_cupy import CUDARuntimeError, StandInBackend
 from tests.backends.kit import House, noise
 
 SPEC = FrameSpec(8, 4)  # 96 bytes
@@ -35,7 +37,16 @@ class InvertInPlace(Invert):
     kernels = {"stand-in": kernel}
 
 
-@pytest.fixture(params=[Invert, InvertInPlace])
+class InvertIntoTheSame(Invert):
+    """The same into an array that is used again for the next batch."""
+
+    kept = np.zeros((16, *SPEC.shape), np.uint8)
+
+    def process_batch(self, frames: Any, params: Any, xp: Any) -> Any:
+        return np.bitwise_xor(frames, 0xFF, out=self.kept[: len(frames)])
+
+
+@pytest.fixture(params=[Invert, InvertInPlace, InvertIntoTheSame])
 def backend(request: pytest.FixtureRequest) -> Iterator[StandInBackend]:
     yield from _opened(request.param())
 
@@ -55,20 +66,21 @@ def _opened(processor: ArrayProcessor) -> Iterator[StandInBackend]:
         backend.close()
 
 
-def down(backend: StandInBackend) -> Any:
-    """The download stream."""
-    return backend._down
+def stream(backend: StandInBackend, name: str) -> Any:
+    """One of the stand-in's streams, whose ``open`` a test may clear to hold its work."""
+    return getattr(backend, name)
 
 
 def test_submit_returns_while_downloads_are_held_and_slots_keep_their_input(backend: StandInBackend) -> None:
     house = House.of(backend, SPEC, 8)
-    down(backend).open.clear()
+    down = stream(backend, "_down")
+    down.open.clear()
     flying = []
     for seed, slots in enumerate([(0, 1), (5, 4), (7, 2)]):
         frames = noise(seed, 2, SPEC)
         flying.append((backend.submit(house.put(slots, frames, NoParams())), slots, frames))
     house.check()  # all computed, nothing written
-    down(backend).open.set()
+    down.open.set()
     for submission, slots, frames in flying:
         submission.wait()
         house.expect(slots, frames ^ np.uint8(0xFF))
@@ -77,15 +89,53 @@ def test_submit_returns_while_downloads_are_held_and_slots_keep_their_input(back
 
 def test_the_upload_comes_before_the_processor(plain: StandInBackend) -> None:
     """Held uploads hold the processor's call; only the event between the streams makes it so."""
-    house = House.of(plain, SPEC, 1)
-    plain._up.open.clear()  # type: ignore[attr-defined]
-    import threading
-
-    threading.Timer(0.05, plain._up.open.set).start()  # type: ignore[attr-defined]
-    frames = noise(0, 1, SPEC)
-    plain.submit(house.put((0,), frames, NoParams())).wait()
+    house, frames = House.of(plain, SPEC, 1), noise(0, 1, SPEC)
+    up = stream(plain, "_up")
+    up.open.clear()
+    with ThreadPoolExecutor(1) as thread:
+        submitting = thread.submit(plain.submit, house.put((0,), frames, NoParams()))
+        with pytest.raises(TimeoutError):
+            submitting.result(timeout=0.1)
+        up.open.set()
+        submitting.result().wait()
     house.expect((0,), frames ^ np.uint8(0xFF))
     house.check()
+
+
+class InvertLater(ArrayProcessor):
+    """A kernel that is enqueued like one of CUDA: it runs when the stream gets there, and a test may hold it."""
+
+    def setup(self, xp: Any, device: Any) -> None:
+        self.go = threading.Event()
+        self.compute: Any = None
+        self.kernels = {"stand-in": self.kernel}  # type: ignore[misc]
+
+    def kernel(self, frames: Any, params: Any) -> Any:
+        def run() -> None:
+            self.go.wait(20)
+            np.bitwise_xor(frames, 0xFF, out=frames)
+
+        if self.compute is not None:
+            self.compute.enqueue(run)
+        return frames
+
+
+def test_the_processor_comes_before_the_download() -> None:
+    later = InvertLater()
+    for backend in _opened(later):
+        later.compute, down = stream(backend, "_compute"), stream(backend, "_down")
+        house, frames = House.of(backend, SPEC, 2), noise(0, 2, SPEC)
+        submission = backend.submit(house.put((1, 0), frames, NoParams()))  # returns before the kernel ran
+        with ThreadPoolExecutor(1) as thread:
+            downloading = thread.submit(down.synchronize)
+            with pytest.raises(TimeoutError):
+                downloading.result(timeout=0.1)
+            house.check()
+            later.go.set()
+            downloading.result()
+        submission.wait()
+        house.expect((1, 0), frames ^ np.uint8(0xFF))
+        house.check()
 
 
 def test_neighbouring_slots_are_one_copy_each_way(plain: StandInBackend) -> None:
@@ -192,7 +242,7 @@ def test_memory_that_cannot_be_pinned_is_said_once_and_works(plain: StandInBacke
 def test_memory_that_must_be_pinned(plain: StandInBackend) -> None:
     plain.fake.pinnable = False
     plain.require_pinned = True
-    with pytest.raises(BackendUnavailable, match="not pinned .* --slots"):
+    with pytest.raises(BackendUnavailable, match=r"not pinned .* --slots"):
         plain.arena(96, 2)
 
 
@@ -233,11 +283,8 @@ def test_a_device_that_breaks_in_flight_stays_lost(plain: StandInBackend) -> Non
 
 def test_a_device_that_does_not_open() -> None:
     backend = StandInBackend()
-    backend.fake._stream = None  # type: ignore[assignment]
 
     def refuse(non_blocking: bool) -> Any:
-        from tests.backends.fake_cupy import CUDARuntimeError
-
         raise CUDARuntimeError("cudaErrorDevicesUnavailable")
 
     backend.fake.cuda.Stream = refuse

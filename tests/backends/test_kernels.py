@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from gpu_byoc.processors._green_tint_cuda import SOURCE
 
 
@@ -23,7 +24,7 @@ def test_it_compiles_to_machine_code_without_a_gpu(arch: str) -> None:
     try:
         nvrtc.compileProgram(program, (f"-arch={arch}", "--std=c++17"))
         assert b"green_tint" in nvrtc.getCUBIN(program)
-        ptx = nvrtc.getPTX(program)
+        ptx = str(nvrtc.getPTX(program))
         assert "ld.global.v4" in ptx
         assert "st.global.v4" in ptx, "16 bytes at a time"
     finally:

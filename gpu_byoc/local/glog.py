@@ -1,0 +1,30 @@
+"""The look of the quickstart page's log lines: ``I0000 BYOC capability registered: ...``, on stderr, at once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+_LETTERS = {logging.INFO: "I", logging.WARNING: "W", logging.ERROR: "E", logging.CRITICAL: "F"}
+
+
+class GlogFormatter(logging.Formatter):
+    """A letter for the level, then 0000 where glog has the date: the page prints it so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{_LETTERS.get(record.levelno, 'I')}0000 {record.getMessage()}"
+        if record.exc_info:
+            line = f"{line}\n{self.formatException(record.exc_info)}"
+        return line
+
+
+def to_stderr(verbosity: int) -> None:
+    """Send every log record of this process to stderr. ``-v 6`` and more shows debug lines, as in go-livepeer."""
+    handler = logging.StreamHandler(sys.stderr)  # flushes each record
+    handler.setFormatter(GlogFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("gpu_byoc").setLevel(logging.DEBUG if verbosity >= 6 else logging.INFO)
+    # No thread, process or task names in the lines: do not look them up for each record.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False

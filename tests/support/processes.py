@@ -1,0 +1,107 @@
+"""Real processes for tests: started, watched by their log, always ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WAIT = 30.0
+
+
+class Process:
+    """A ``gpu_byoc`` command whose log lines arrive in ``lines``."""
+
+    def __init__(self, *arguments: str, program: tuple[str, ...] = ("-m", "gpu_byoc"), **env: str) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-u", *program, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **env},
+        )
+        self.log: list[str] = []
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self.log.append(line.rstrip("\n"))
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def wait_for(self, text: str) -> str:
+        """The first log line that contains ``text``; an early end or 30 seconds without a line is a failure."""
+        while True:
+            line = self._lines.get(timeout=WAIT)
+            assert line is not None, f"ended with {self.popen.wait(WAIT)} before it said {text!r}:\n" + "\n".join(
+                self.log
+            )
+            if text in line:
+                return line.rstrip("\n")
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal; the exit status."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        code = self.popen.wait(WAIT)
+        self._reader.join(WAIT)
+        return code
+
+
+@contextlib.contextmanager
+def running(*arguments: str, program: tuple[str, ...] = ("-m", "gpu_byoc"), **env: str) -> Iterator[Process]:
+    process = Process(*arguments, program=program, **env)
+    try:
+        yield process
+    finally:
+        if process.popen.poll() is None:
+            process.popen.kill()
+        process.popen.wait(WAIT)
+        process._reader.join(WAIT)
+        assert process.popen.stdout is not None
+        process.popen.stdout.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def get(port: int, path: str) -> tuple[int, Any]:
+    """(status, JSON body) of a GET."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=WAIT) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+def post(port: int, path: str, data: bytes, **headers: str) -> tuple[int, bytes]:
+    named = {"Content-Type": "application/octet-stream"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=data, headers=named)
+    try:
+        with urllib.request.urlopen(request, timeout=WAIT) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def example(name: str) -> Path:
+    return Path(__file__).parents[2] / "examples" / name
