@@ -46,6 +46,13 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
+def skip_or_fail(variable: str, reason: str) -> None:
+    """Skip from inside a test or fixture, unless the environment says that this machine must have what is missing."""
+    if os.environ.get(variable) == "1":
+        pytest.fail(f"{reason}, and {variable}=1 says it must be there", pytrace=False)
+    pytest.skip(reason)
+
+
 def missing(item: pytest.Item) -> tuple[str, str] | None:
     """What ``item`` needs and this machine lacks: the variable that says it must be there, and the reason to skip."""
     if item.get_closest_marker("needs_torch") and not has_torch():
@@ -65,5 +72,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     lack = missing(item)
-    if lack:  # not skipped, so it is required
-        pytest.fail(f"{lack[1]}, and {lack[0]}=1 says it must be there", pytrace=False)
+    if lack:  # not skipped by mark, so it is required
+        skip_or_fail(*lack)

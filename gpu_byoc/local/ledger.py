@@ -210,9 +210,7 @@ def read_usage(datadir: Path, last: int) -> Usage:
         raise ConfigError(f"there is no ledger in {datadir}; give the -datadir that the orchestrator was started with")
     try:
         with closing(sqlite3.connect(path, timeout=5.0)) as database:
-            rows = database.execute(
-                f"SELECT {_COLUMNS} FROM jobs ORDER BY rowid DESC LIMIT ?", (last,)
-            ).fetchall()
+            rows = database.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY rowid DESC LIMIT ?", (last,)).fetchall()
             sums = database.execute(
                 f"SELECT capability, {_SUMS} FROM jobs GROUP BY capability ORDER BY capability"
             ).fetchall()

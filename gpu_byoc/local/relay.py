@@ -7,6 +7,7 @@ sent on until it knows that it will not have to send it to another orchestrator.
 from __future__ import annotations
 
 import asyncio
+import time
 from types import TracebackType
 from typing import Final
 
@@ -153,9 +154,10 @@ class Exchange:
     request's body are the body's own.
     """
 
-    __slots__ = ("_body", "_connection", "_origin", "_pool", "_progress", "_upload")
+    __slots__ = ("_body", "_connection", "_origin", "_pool", "_progress", "_upload", "ended")
 
     def __init__(self, pool: Pool, origin: Origin, body: Body, progress: Progress) -> None:
+        self.ended: float | None = None  # time.perf_counter() when the answer had been read to its end
         self._pool = pool
         self._origin = origin
         self._body = body
@@ -186,6 +188,8 @@ class Exchange:
         self._progress.phase = "answer"
         piece = await self._connection.read()
         self._progress.moved()
+        if not piece:
+            self.ended = time.perf_counter()
         return piece
 
     async def send_back(

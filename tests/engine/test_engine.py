@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,10 @@ def house(processor: Gated) -> Iterator[House]:
     house.engine.close()
 
 
+def _put(into: queue.Queue[int], number: int, _: object) -> None:
+    into.put(number)
+
+
 def value(lease: Lease) -> set[int]:
     return {byte for view in lease.views for byte in view}
 
@@ -123,7 +128,7 @@ def test_a_streams_frames_come_back_in_order(house: House) -> None:
         lease = house.lease()
         lease.views[0][:] = bytes([i]) * SPEC.nbytes
         leases.append(lease)
-        lease.submit("one", house.params, lambda _, i=i: order.put(i))
+        lease.submit("one", house.params, partial(_put, order, i))
     assert [order.get(timeout=WAIT) for _ in range(8)] == list(range(8))
     for lease in leases:
         lease.release()
@@ -191,7 +196,7 @@ def test_cancelled_while_waiting_it_is_never_computed(house: House, processor: G
 def test_the_line_for_slots_is_first_come_first_served_and_bounded(house: House) -> None:
     held = [house.lease() for _ in range(8)]
     told: queue.Queue[int] = queue.Queue()
-    waiting = [house.engine.lease(SPEC, 1, lambda error, i=i: told.put(i)) for i in range(8)]
+    waiting = [house.engine.lease(SPEC, 1, partial(_put, told, i)) for i in range(8)]
     assert not any(lease.granted for lease in waiting)
     with pytest.raises(Overloaded, match="already waiting"):
         house.engine.lease(SPEC, 1, lambda error: None)
@@ -280,7 +285,7 @@ def test_closing_without_flush_fails_what_waits(house: House, processor: Gated) 
     assert house.free() == 8
 
 
-class Dying(NumpyBackend):
+class Dying(NumpyBackend):  # type: ignore[misc]
     """Loses its device on the second batch, with more on their way."""
 
     depth = 3
@@ -300,7 +305,8 @@ class Dying(NumpyBackend):
                 assert gate.wait(WAIT)
                 if number == 2:
                     raise DeviceLost("an illegal address was met")
-                return done.wait()
+                times: BatchTimes = done.wait()
+                return times
 
         return Later()
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ WAIT = 30.0
 class Process:
     """A ``gpu_byoc`` command whose log lines arrive in ``lines``."""
 
-    def __init__(self, *arguments: str, program: tuple[str, ...] = ("-m", "gpu_byoc"), **env: str) -> None:
+    def __init__(
+        self, *arguments: str, program: tuple[str, ...] = ("-m", "gpu_byoc"), env: Mapping[str, str] | None = None
+    ) -> None:
         self.popen = subprocess.Popen(
             [sys.executable, "-u", *program, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **env},
+            env={**os.environ, **(env or {})},
         )
         self.log: list[str] = []
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -63,8 +65,10 @@ class Process:
 
 
 @contextlib.contextmanager
-def running(*arguments: str, program: tuple[str, ...] = ("-m", "gpu_byoc"), **env: str) -> Iterator[Process]:
-    process = Process(*arguments, program=program, **env)
+def running(
+    *arguments: str, program: tuple[str, ...] = ("-m", "gpu_byoc"), env: Mapping[str, str] | None = None
+) -> Iterator[Process]:
+    process = Process(*arguments, program=program, env=env)
     try:
         yield process
     finally:

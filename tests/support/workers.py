@@ -45,7 +45,7 @@ class Running:
     async def until(self, condition: Callable[[], bool]) -> None:
         """Poll a condition of the worker's, which has no event of its own, for at most 20 seconds."""
         async with asyncio.timeout(20):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - slots and jobs are counted, not announced
                 await asyncio.sleep(0.002)
 
 

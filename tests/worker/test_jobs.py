@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.workers import asynchronous, running
 
 from gpu_byoc.config import EngineConfig
 from gpu_byoc.processor import ArrayProcessor, FrameProcessor
 from gpu_byoc.processors.grayscale import Grayscale
 from gpu_byoc.processors.green_tint import GreenTint
+from tests.support.workers import asynchronous, running
 
 FRAME = 640 * 480 * 3
 

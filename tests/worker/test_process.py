@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.processes import example, free_port, get, post, running
+
+from tests.support.processes import example, free_port, get, post, running
 
 FRAME = bytes(640 * 480 * 3)
 
@@ -62,7 +63,7 @@ def test_a_real_pytrickle_that_has_both_names_wins(tmp_path: Path) -> None:
         "class FrameProcessor: ...\nasync def run_processor(processor, port): print('the real one', port)\n"
     )
     (tmp_path / "old").mkdir()
-    with running("run", str(PAGE), PYTHONPATH=str(tmp_path)) as worker:
+    with running("run", str(PAGE), env={"PYTHONPATH": str(tmp_path)}) as worker:
         worker.wait_for("the real one 8000")
         assert worker.popen.wait(30) == 0
 
@@ -183,7 +184,7 @@ def test_auto_says_what_was_tried() -> None:
 def test_the_environment_configures_and_a_flag_wins() -> None:
     port = free_port()
     env = {"GPU_BYOC_PORT": "1", "GPU_BYOC_CAPABILITY": "from-env", "GPU_BYOC_BACKEND": "numpy"}
-    with running("serve", "--host", "127.0.0.1", "--port", str(port), **env) as worker:
+    with running("serve", "--host", "127.0.0.1", "--port", str(port), env=env) as worker:
         worker.wait_for("listening")
         assert get(port, "/version")[1]["model_id"] == "from-env"
         assert worker.end() == 0

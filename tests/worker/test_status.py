@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
-from support.workers import asynchronous, running
 
 from gpu_byoc import __version__
 from gpu_byoc.processors.green_tint import GreenTint
+from tests.support.workers import asynchronous, running
 
 
 @asynchronous
