@@ -119,9 +119,7 @@ def test_what_is_no_processor(text: str, says: str) -> None:
         load_processor(text)
 
 
-def test_a_processor_whose_import_fails_names_what_it_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_processor_whose_import_fails_names_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needs_more.py").write_text("import no_such_library\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(PluginError, match="needs_more needs 'no_such_library'"):

@@ -27,4 +27,4 @@ def to_stderr(verbosity: int) -> None:
     root.setLevel(logging.WARNING)
     logging.getLogger("gpu_byoc").setLevel(logging.DEBUG if verbosity >= 6 else logging.INFO)
     # No thread, process or task names in the lines: do not look them up for each record.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

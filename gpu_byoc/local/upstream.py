@@ -2,14 +2,14 @@
 
 aiohttp's client is the right tool for everything else here (tokens, health). On the road of the frames it costs 0.3 ms
 of interpreter time a request and one more copy of the answer, for cookies, redirects, proxies and decompression that a
-relay must not do; this costs a fifth of that (the comparison is in ``benchmarks/``: the chain gateway -> orchestrator ->
-worker against a bare echo).
+relay must not do.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Final, cast
 from urllib.parse import urlsplit
 
@@ -43,8 +43,8 @@ class Connection(asyncio.Protocol):
     owner must ``close`` it if the exchange is not complete.
     """
 
-    def __init__(self, live: set[Connection]) -> None:
-        self._live = live
+    def __init__(self, lost: Callable[[Connection], None]) -> None:
+        self._lost = lost
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._parser = AnswerParser()
@@ -133,7 +133,6 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._live.add(self)
 
     def data_received(self, data: bytes) -> None:
         if not self._busy:
@@ -156,7 +155,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._live.discard(self)
+        self._lost(self)
         if self._error is None:
             self._error = exc if isinstance(exc, OSError) else ConnectionResetError("closed by the other side")
             if exc is None and self._busy:
@@ -183,6 +182,7 @@ class Pool:
         self._live: set[Connection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
+        self._gone = asyncio.Event()
 
     async def acquire(self, origin: Origin) -> Connection:
         """A connection ready to ``begin``. Raises OSError (TimeoutError is one) when there is none to be had."""
@@ -195,8 +195,9 @@ class Pool:
             raise ConnectionAbortedError("this process is on its way out")
         async with asyncio.timeout(CONNECT_SECONDS):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: Connection(self._live), origin.host, origin.port, ssl=origin.tls or None
+                lambda: Connection(self._lose), origin.host, origin.port, ssl=origin.tls or None
             )
+        self._live.add(connection)
         return connection
 
     def release(self, origin: Origin, connection: Connection) -> None:
@@ -228,5 +229,10 @@ class Pool:
         self._idle.clear()
         for connection in list(self._live):
             connection.close()
-        while self._live:  # the loop closes the sockets on its next turns
-            await asyncio.sleep(0)
+        if self._live:
+            await self._gone.wait()
+
+    def _lose(self, connection: Connection) -> None:
+        self._live.discard(connection)
+        if not self._live:
+            self._gone.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ class Running:
     session: aiohttp.ClientSession
     url: str
     port: int
+    listener: socket.socket
 
     async def post(self, data: Any, path: str = "/live/video-to-video", **headers: str) -> tuple[int, Any, bytes]:
         """(status, headers, body) of a job. Header names are written with underscores: ``Content_Type``."""
@@ -67,7 +69,7 @@ async def running(processor: Processor, engine: EngineConfig | None = None, **co
     try:
         opened = worker.engine = await open_engine(settings, processor, worker.degraded)
         async with aiohttp.ClientSession() as session:
-            yield Running(worker, session, f"http://127.0.0.1:{port}", port)
+            yield Running(worker, session, f"http://127.0.0.1:{port}", port, sock)
     finally:
         await runner.cleanup()
         if opened is not None:
