@@ -64,7 +64,7 @@ bench: $(DEV)  ## measure this machine: bare echo, worker, whole chain
 	@.venv/bin/python -m benchmarks $(ARGS)
 
 soak: $(DEV)  ## ten minutes of jobs, then compare the memory
-	@.venv/bin/python -m benchmarks soak $(ARGS)
+	@.venv/bin/python -m benchmarks --soak 10 $(ARGS)
 
 clean:  ## remove what make made, .venv included
 	@rm -rf .venv build dist demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis gpu_byoc.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def main() -> int:
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="jobs for so long, and whether memory stays flat")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     given = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     began = time.time()
     report: dict[str, Any] = {"schema": SCHEMA, "machine": machine(), "unix_time": int(began), "quick": given.quick}
     failed = False
@@ -48,12 +49,29 @@ def main() -> int:
     return int(failed)
 
 
+HEADS = {
+    "size": "size",
+    "what": "what",
+    "us": "us",
+    "times_memcpy": "x memcpy",
+    "target": "target",
+    "connections": "conn.",
+    "p50_us": "p50 us",
+    "p99_us": "p99 us",
+    "jobs_per_second": "jobs/s",
+    "p50_ratio": "p50 x echo",
+    "p99_ratio": "p99 x echo",
+    "rate_ratio": "jobs/s x echo",
+}
+
+
 def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    shown = [name for name in HEADS if name in rows[0]]
+    for name in shown:
+        table.add_column(HEADS[name], justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(_cell, row.values()))
+        table.add_row(*(_cell(row[name]) for name in shown))
     console.print(table)
 
 

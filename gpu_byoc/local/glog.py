@@ -26,5 +26,6 @@ def to_stderr(verbosity: int) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("gpu_byoc").setLevel(logging.DEBUG if verbosity >= 6 else logging.INFO)
-    # No thread, process or task names in the lines: do not look them up for each record.
+    # Three lines a job: look up only what the lines show (logging HOWTO, "Optimization").
+    logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

@@ -16,16 +16,13 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from gpu_byoc.errors import BadRequest, GpuByocError, TooLarge
 from gpu_byoc.local.http1 import AnswerHead, Malformed
-from gpu_byoc.local.upstream import Connection, Origin, Pool
+from gpu_byoc.local.upstream import Connection, Origin, Pool, widen
 
 ROUTE: Final = "/live/video-to-video"
 
 RELAYED: Final = ("Content-Type", "Content-Encoding", "X-Metadata", "Server-Timing", "Retry-After", "X-Job-Id")
 """Headers of an answer that travel back to the client, beside Content-Length. Content-Type keeps its parameters:
 width, height and format of a frame are in there."""
-
-READ_BUFSIZE: Final = 1 << 20
-"""aiohttp stops reading a request at twice this; a 640x480 frame is 921,600 bytes and goes through without a stop."""
 
 
 class ClientGone(Exception):
@@ -105,6 +102,7 @@ class Body:
     __slots__ = ("_content", "_ended", "_keep", "_kept", "_limit", "_size", "error", "length")
 
     def __init__(self, request: web.BaseRequest, limit: int, keep: bool = False) -> None:
+        widen(request.transport)
         self._content = request.content
         self._limit = limit
         self._keep = keep

@@ -1,0 +1,58 @@
+"""The ledger as tables for people."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from gpu_byoc.local.ledger import Totals, Usage
+
+
+def usage_tables(usage: Usage) -> list[Table]:
+    """The latest jobs, and the totals of all by capability."""
+    return [_jobs(usage), _totals(usage)]
+
+
+def _jobs(usage: Usage) -> Table:
+    table = Table(title=f"latest jobs ({len(usage.entries)})")
+    for name in ("started (UTC)", "job", "capability", "outcome"):
+        table.add_column(name, no_wrap=True)
+    for name in ("HTTP", "wall s", "billed s", "compute s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry in usage.entries:
+        # Text: what a name has in brackets is not markup
+        table.add_row(
+            Text(entry.started),
+            Text(entry.job_id[:8]),
+            Text(entry.capability),
+            Text(entry.outcome),
+            str(entry.http_status),
+            f"{entry.wall_seconds:.4f}",
+            str(entry.billed_seconds),
+            "-" if entry.compute_seconds is None else f"{entry.compute_seconds:.6f}",
+        )
+    return table
+
+
+def _totals(usage: Usage) -> Table:
+    table = Table(title="totals of all jobs")
+    table.add_column("capability", no_wrap=True)
+    for name in ("jobs", "wall s", "billed s", "compute s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    every = Totals()
+    for name, sums in usage.totals.items():
+        _add(table, Text(name), sums)
+        every.jobs += sums.jobs
+        every.wall_seconds += sums.wall_seconds
+        every.billed_seconds += sums.billed_seconds
+        every.compute_seconds += sums.compute_seconds
+    if len(usage.totals) != 1:
+        table.add_section()
+        _add(table, Text("all"), every)
+    return table
+
+
+def _add(table: Table, name: Text, sums: Totals) -> None:
+    table.add_row(
+        name, str(sums.jobs), f"{sums.wall_seconds:.4f}", str(sums.billed_seconds), f"{sums.compute_seconds:.6f}"
+    )
