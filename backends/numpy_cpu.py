@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,28 +9,9 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 
-from gpu_byoc.backend import Batch, BatchTimes, runs
-from gpu_byoc.errors import BackendUnavailable, ProcessorOutput
+from gpu_byoc.backend import Batch, BatchTimes, HostArena, runs
+from gpu_byoc.errors import BackendUnavailable, ProcessorOutput, ProcessorSpoiled
 from gpu_byoc.processor import ArrayProcessor, Processor, processor_name
-
-
-class HostArena:
-    """Anonymous pages for all slots: nothing is resident before it is used, and closing gives it back at once."""
-
-    pinned = False
-
-    def __init__(self, nbytes: int, slots: int) -> None:
-        self.nbytes = nbytes
-        self.slots = slots
-        self._map = mmap.mmap(-1, nbytes * slots)
-        self._bytes = memoryview(self._map)
-
-    def view(self, first: int, count: int = 1) -> memoryview:
-        return self._bytes[first * self.nbytes : (first + count) * self.nbytes]
-
-    def close(self) -> None:
-        # Views that are still about keep the pages alive until they go; an exported map cannot be closed by force.
-        self._bytes.release()
 
 
 class _Done:
@@ -77,9 +57,13 @@ class NumpyBackend:
         kernel = self._processor.kernels.get("numpy")
         started = time.perf_counter_ns()
         if kernel is not None:
-            for first, count in runs(batch.slots):
-                frames = np.frombuffer(batch.arena.view(first, count), np.uint8)
-                kernel(frames, frames, batch.params)
+            try:
+                for first, count in runs(batch.slots):
+                    frames = np.frombuffer(batch.arena.view(first, count), np.uint8)
+                    kernel(frames, frames, batch.params)
+            except BaseException as error:
+                name = processor_name(self._processor)
+                raise ProcessorSpoiled(f"the numpy kernel of {name} raised {error!r}") from error
         else:
             self._generic(batch, self._processor)
         return _Done(BatchTimes(compute_ns=time.perf_counter_ns() - started))

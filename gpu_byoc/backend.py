@@ -11,9 +11,12 @@ What a backend must do, in this order of importance:
    be tried again.
 5. **Tell the time.** ``Submission.wait`` returns what the device spent, copies and computation apart.
 
-Everything is called from one thread, the engine's device thread, except ``Arena.view``. A processor's exception is
-let through as it is: the engine finds the frame that causes it. What means the device itself is gone is raised as
-``DeviceLost``; memory that ran out as ``DeviceOutOfMemory``.
+Everything is called from one thread, the engine's device thread, but for three: ``Arena.view`` and ``info`` may be
+called from any thread, and ``Submission.wait`` from a second one where ``depth`` is more than 1.
+
+A processor's exception is let through as it is: the engine finds the frame that causes it. What means the device itself
+is gone is raised as ``DeviceLost``; memory that ran out as ``DeviceOutOfMemory``. A backend that works in place and
+fails in the middle of it raises ``ProcessorSpoiled``: that batch is not tried again.
 
 Found by entry point, group ``gpu_byoc.backends``: a class without constructor arguments. ``available`` is a
 classmethod that answers without allocating anything: ``None``, or why the backend cannot open here and what to do.
@@ -21,6 +24,7 @@ classmethod that answers without allocating anything: ``None``, or why the backe
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -106,6 +110,23 @@ class Backend(Protocol):
     def close(self) -> None:
         """Shut the processor down and give everything back. Called once, also after a failed ``open``."""
         ...
+
+
+class HostArena:
+    """An arena of ordinary memory: anonymous pages, of which nothing is resident before it is used."""
+
+    pinned = False
+
+    def __init__(self, nbytes: int, slots: int) -> None:
+        self.nbytes = nbytes
+        self.slots = slots
+        self._bytes = memoryview(mmap.mmap(-1, nbytes * slots))
+
+    def view(self, first: int, count: int = 1) -> memoryview:
+        return self._bytes[first * self.nbytes : (first + count) * self.nbytes]
+
+    def close(self) -> None:
+        self._bytes.release()  # the pages go with the last view
 
 
 def runs(slots: tuple[int, ...]) -> list[tuple[int, int]]:

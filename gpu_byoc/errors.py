@@ -20,7 +20,9 @@
     |  `- Overloaded                  load        503    the job; nothing was started
     |- ProcessorError                 processor
     |  |- ProcessorFailed             processor   500    its frames; the next job works
-    |  `- ProcessorOutput             processor   500    its frames; the next job works
+    |  |  `- ProcessorSpoiled         processor   500    its batch: a kernel failed in the middle of writing
+    |  |- ProcessorOutput             processor   500    its frames; the next job works
+    |  `- ProcessorTimeout            processor   504    the job; the device may still be busy with it
     |- DeviceError                    device
     |  |- DeviceLost                  device      500    the process: only a restart helps
     |  `- DeviceOutOfMemory           device      503    its frames, after smaller batches failed too
@@ -42,7 +44,7 @@ answered as 500 ``internal`` without its text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class GpuByocError(Exception):
@@ -59,6 +61,10 @@ class GpuByocError(Exception):
 
     def extra(self) -> Mapping[str, Any]:
         return {}
+
+    def again(self) -> Self:
+        """A fresh one that says the same, for each of those it is told to: a raised exception collects tracebacks."""
+        return type(self)(*self.args)
 
 
 # --- the caller sent something that cannot work
@@ -171,6 +177,19 @@ class ProcessorFailed(ProcessorError):
     code = "processor_failed"
 
 
+class ProcessorSpoiled(ProcessorFailed):
+    """A kernel that works in place raised: its frames are half written, so they cannot be tried again."""
+
+    code = "processor_spoiled"
+
+
+class ProcessorTimeout(ProcessorError):
+    """The processor did not answer in time."""
+
+    code = "processor_timeout"
+    status = 504
+
+
 class ProcessorOutput(ProcessorError):
     """The processor returned something that is not a frame like the one it was given."""
 
@@ -204,6 +223,24 @@ class NetworkError(GpuByocError):
     blame = "network"
 
 
+class ChannelClosed(NetworkError):
+    """A publisher still had something to say when its channel was closed. For a reader that is an end, not an error."""
+
+    code = "channel_closed"
+
+
+class ChannelFailed(NetworkError):
+    """The server could not be reached, or made no sense, several times in a row; the last reason is in the text."""
+
+    code = "channel_failed"
+
+
+class ChannelMissing(NetworkError):
+    """The first answer was 404: a wrong URL, or nobody has created the channel."""
+
+    code = "channel_missing"
+
+
 class ContainerTimeout(NetworkError):
     """The container took the job and then let nothing be heard of it."""
 
@@ -217,6 +254,16 @@ class ContainerUnreachable(NetworkError):
 
 class OrchestratorUnreachable(NetworkError):
     code = "orchestrator_unreachable"
+
+
+class SegmentFailed(NetworkError):
+    """Segment ``seq`` was cut off, refused or stuck. The channel is fine: go on with the next segment."""
+
+    code = "segment_failed"
+
+    def __init__(self, seq: int, message: str) -> None:
+        super().__init__(f"segment {seq}: {message}")
+        self.seq = seq
 
 
 # --- how it was started

@@ -59,7 +59,7 @@ class ArrayProcessor:
     ``kernels``        optional faster forms for one backend, by backend name. Each must equal ``process_batch`` byte
                        for byte (``tests/backends/test_contract.py`` compares them). Their call forms are in
                        ``docs/backends.md``; for numpy it is ``kernel(src, dst, params)`` on flat uint8 arrays of
-                       whole frames, where ``dst`` may be ``src``.
+                       whole frames, where ``dst`` may be ``src``. It must not raise: its batch would fail as a whole.
     """
 
     name: ClassVar[str] = ""
@@ -124,7 +124,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         value = _CONVERT[kind](value)
     except KeyError:
         raise TypeError(f"Params field {field.name!r}: type {kind!r} is not one of {', '.join(_CONVERT)}") from None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadParams(field.name, f"expected {kind}, got {value!r:.80}") from None
     meta = field.metadata
     if "min" in meta and not value >= meta["min"]:

@@ -37,11 +37,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_wheel_holds_every_module(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_and_the_clip(wheel: Path) -> None:
     wanted = {
         f"{PACKAGES[top]}/{path.relative_to(ROOT / top).as_posix()}"
         for top in PACKAGES
-        for pattern in ("*.py", "py.typed")
+        for pattern in ("*.py", "py.typed", "*.mp4", "*.md")
         for path in (ROOT / top).rglob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:

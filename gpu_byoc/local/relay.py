@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Final
 
 from aiohttp import web
-from aiohttp.web_protocol import RequestPayloadError
 
 from gpu_byoc.errors import BadRequest, GpuByocError, TooLarge
 from gpu_byoc.local.http1 import AnswerHead, Malformed
@@ -123,7 +122,7 @@ class Body:
             data, _ = await self._content.readchunk()
             while not data and not self._content.at_eof():  # the end of an HTTP chunk comes as an empty piece
                 data, _ = await self._content.readchunk()
-        except RequestPayloadError as error:
+        except web.RequestPayloadError as error:
             self.error = BadRequest(f"the request's body cannot be read: {error}")
             raise self.error from error
         except (OSError, asyncio.IncompleteReadError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -14,15 +15,15 @@ def usage_tables(usage: Usage) -> list[Table]:
 
 
 def _jobs(usage: Usage) -> Table:
-    table = Table(title=f"latest jobs ({len(usage.entries)})")
+    table = Table(title=f"latest jobs ({len(usage.entries)})", box=box.SIMPLE)
     for name in ("started (UTC)", "job", "capability", "outcome"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for name in ("HTTP", "wall s", "billed s", "compute s"):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in usage.entries:
         # Text: what a name has in brackets is not markup
         table.add_row(
-            Text(entry.started),
+            Text(entry.started[:19].replace("T", " ")),
             Text(entry.job_id[:8]),
             Text(entry.capability),
             Text(entry.outcome),
@@ -35,8 +36,8 @@ def _jobs(usage: Usage) -> Table:
 
 
 def _totals(usage: Usage) -> Table:
-    table = Table(title="totals of all jobs")
-    table.add_column("capability", no_wrap=True)
+    table = Table(title="totals of all jobs", box=box.SIMPLE)
+    table.add_column("capability", overflow="fold")
     for name in ("jobs", "wall s", "billed s", "compute s"):
         table.add_column(name, justify="right", no_wrap=True)
     every = Totals()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -47,7 +47,7 @@ def probe(path: Path) -> ClipInfo:
         return ClipInfo(FrameSpec(stream.width, stream.height), rate, stream.frames)
 
 
-def frames(path: Path) -> Iterator[Pixels]:
+def frames(path: Path) -> Generator[Pixels, None, None]:
     """Every frame of the first video stream, in order of presentation; each array is the caller's own.
 
     The file is closed at the end, or when the iterator is closed. Raises UnsupportedMedia (also for a file that breaks

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,8 +15,17 @@ from gpu_byoc_backends.numpy_cpu import NumpyBackend
 from gpu_byoc.backend import Batch, BatchTimes
 from gpu_byoc.config import EngineConfig
 from gpu_byoc.engine.device import Outcome
-from gpu_byoc.engine.engine import Engine, Lease
-from gpu_byoc.errors import DeviceLost, Draining, GpuByocError, Overloaded, ProcessorFailed, ProcessorOutput, TooLarge
+from gpu_byoc.engine.engine import MAX_ROOMS, Engine, Lease
+from gpu_byoc.errors import (
+    DeviceLost,
+    Draining,
+    GpuByocError,
+    Overloaded,
+    ProcessorFailed,
+    ProcessorOutput,
+    ProcessorSpoiled,
+    TooLarge,
+)
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.processor import ArrayProcessor, parse_params
 from gpu_byoc.processors.green_tint import GreenTint
@@ -152,7 +161,6 @@ def test_a_poison_frame_fails_alone(house: House, processor: Gated) -> None:
             assert result.error is None
             assert value(lease) == {number + 1}
         lease.release()
-    assert house.engine.errors == {"processor_failed": 1}
     assert house.free() == 8
     after, outcome = house.submit(7)
     assert outcome.get(timeout=WAIT).error is None
@@ -215,17 +223,40 @@ def test_too_many_frames_are_refused(house: House) -> None:
 
 
 def test_memory_is_bounded_and_idle_sizes_make_room() -> None:
-    house = House(Gated(), slots=4, max_batch=2, memory=4 * 300)
     small, large = FrameSpec(50, 1), FrameSpec(100, 1)
+    house = House(Gated(), slots=4, max_batch=2, memory=4 * small.nbytes + large.nbytes - 1)
     lease = house.lease(spec=small)
     with pytest.raises(Overloaded, match="other sizes"):
         house.lease(spec=large)
     lease.release()
     other = house.lease(spec=large)
-    assert [room["frame_bytes"] for room in house.engine.rooms()] == [300]
+    assert [(room["frame_bytes"], room["slots"]) for room in house.engine.rooms()] == [(300, 2)]
     other.release()
-    with pytest.raises(TooLarge, match="--memory"):
+    with pytest.raises(TooLarge, match="--memory-mb"):
         house.lease(spec=FrameSpec(1000, 1))
+    house.engine.close()
+
+
+def test_what_memory_is_left_is_enough_for_fewer_slots() -> None:
+    small, large = FrameSpec(50, 1), FrameSpec(100, 1)
+    house = House(Gated(), slots=4, max_batch=1, memory=4 * small.nbytes + 2 * large.nbytes)
+    leases = [house.lease(spec=small), house.lease(spec=large), house.lease(spec=large)]
+    assert [room["slots"] for room in house.engine.rooms()] == [4, 2]
+    for lease in leases:
+        lease.release()
+    house.engine.close()
+
+
+def test_frame_sizes_are_bounded() -> None:
+    house = House(Gated(), slots=2, max_batch=1)
+    for width in range(1, 2 * MAX_ROOMS):
+        house.lease(spec=FrameSpec(width, 1)).release()
+    assert len(house.engine.rooms()) == MAX_ROOMS
+    held = [house.lease(spec=FrameSpec(width, 2)) for width in range(100, 100 + MAX_ROOMS)]
+    with pytest.raises(Overloaded):
+        house.lease(spec=FrameSpec(99, 2))
+    for lease in held:
+        lease.release()
     house.engine.close()
 
 
@@ -285,25 +316,31 @@ def test_closing_without_flush_fails_what_waits(house: House, processor: Gated) 
     assert house.free() == 8
 
 
-class Dying(NumpyBackend):  # type: ignore[misc]
-    """Loses its device on the second batch, with more on their way."""
+class Staged(NumpyBackend):  # type: ignore[misc]
+    """numpy's work, landing only when ``gates[number of the batch]`` opens: a device with several on their way."""
 
     depth = 3
 
-    def __init__(self) -> None:
+    def __init__(self, lost: int = 0) -> None:
         super().__init__()
         self.count = 0
-        self.gate = threading.Event()
+        self.lost = lost
+        self.gates = [threading.Event() for _ in range(20)]
+        self.submitted: queue.Queue[int] = queue.Queue()
 
     def submit(self, batch: Batch) -> Any:
         self.count += 1
-        done = super().submit(batch)
-        number, gate = self.count, self.gate
+        number = self.count
+        try:
+            done = super().submit(batch)
+        finally:
+            self.submitted.put(number)
+        gate, lost = self.gates[number], number == self.lost
 
         class Later:
             def wait(self) -> BatchTimes:
                 assert gate.wait(WAIT)
-                if number == 2:
+                if lost:
                     raise DeviceLost("an illegal address was met")
                 times: BatchTimes = done.wait()
                 return times
@@ -311,22 +348,146 @@ class Dying(NumpyBackend):  # type: ignore[misc]
         return Later()
 
 
-def test_a_lost_device_fails_everything_with_one_error() -> None:
-    backend = Dying()
+@pytest.mark.parametrize("lost", [1, 2, 3, 4])
+def test_a_lost_device_fails_everything_with_one_error(lost: int) -> None:
+    backend = Staged(lost)
     house = House(GreenTint(), backend, slots=8, max_batch=1, depth=3)
     fatal: queue.Queue[GpuByocError] = queue.Queue()
     house.engine.on_fatal = fatal.put
     jobs = [house.submit(i, f"s{i}") for i in range(6)]
-    backend.gate.set()
+    in_line = [house.lease(), house.lease()]
+    told: queue.Queue[GpuByocError | None] = queue.Queue()
+    waiting = house.engine.lease(SPEC, 1, told.put)
+    for gate in backend.gates:
+        gate.set()
     errors = [outcome.get(timeout=WAIT).error for _, outcome in jobs]
-    assert errors[0] is None
-    assert all(isinstance(error, DeviceLost) for error in errors[1:])
+    assert errors[: lost - 1] == [None] * (lost - 1)
+    assert all(isinstance(error, DeviceLost) for error in errors[lost - 1 :])
     assert isinstance(fatal.get(timeout=WAIT), DeviceLost)
-    for lease, _ in jobs:
+    assert isinstance(told.get(timeout=WAIT), DeviceLost)
+    for lease in [*in_line, waiting, *(lease for lease, _ in jobs)]:
         lease.release()
     assert house.free() == 8
     house.engine.close()
-    assert house.engine.fatal is errors[1]
+    assert isinstance(house.engine.fatal, DeviceLost)
+
+
+def test_a_device_lost_while_trying_halves_again_forgets_nobody() -> None:
+    processor = Gated()
+    processor.gate = threading.Event()
+    backend = Staged(lost=3)  # 1: the blocker, 2: fails to submit, 3: the first half
+    for gate in backend.gates:
+        gate.set()
+    house = House(processor, backend, slots=8, max_batch=4, depth=1)
+    blocker, first = house.submit(0)
+    processor.entered.get(timeout=WAIT)
+    jobs = [house.submit(v, f"s{v}") for v in (1, 2, 13, 4)]
+    processor.gate.set()
+    assert first.get(timeout=WAIT).error is None
+    assert all(isinstance(outcome.get(timeout=WAIT).error, DeviceLost) for _, outcome in jobs)
+    for lease in [blocker, *(lease for lease, _ in jobs)]:
+        lease.release()
+    assert house.free() == 8
+    house.engine.close()
+
+
+def test_the_next_batch_starts_while_another_is_on_its_way() -> None:
+    backend = Staged()
+    house = House(GreenTint(), backend, slots=8, max_batch=4, depth=3)
+    jobs = [house.submit(1)]
+    assert backend.submitted.get(timeout=WAIT) == 1
+    jobs.append(house.submit(2))
+    assert backend.submitted.get(timeout=WAIT) == 2, "it did not wait for the first to land"
+    backend.gates[2].set()
+    assert jobs[1][1].empty(), "nothing lands before its turn"
+    backend.gates[1].set()
+    for lease, outcome in jobs:
+        assert outcome.get(timeout=WAIT).error is None
+        lease.release()
+    house.engine.close()
+
+
+def test_retried_halves_land_before_what_came_after() -> None:
+    processor = Gated()
+    processor.gate = threading.Event()
+    backend = Staged()
+    house = House(processor, backend, slots=8, max_batch=2, depth=2)
+    order: queue.Queue[int] = queue.Queue()
+    leases = []
+    for number, byte in enumerate((0, 1, 13, 3, 4)):
+        lease = house.lease()
+        lease.views[0][:] = bytes([byte]) * SPEC.nbytes
+        lease.submit("one", house.params, partial(_put, order, number))
+        leases.append(lease)
+        if not number:
+            processor.entered.get(timeout=WAIT)
+    processor.gate.set()
+    for gate in backend.gates:
+        gate.set()
+    assert [order.get(timeout=WAIT) for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert [value(lease) for lease in leases] == [{1}, {2}, {13}, {4}, {5}]
+    for lease in leases:
+        lease.release()
+    house.engine.close()
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_whatever_a_processor_raises_fails_its_frame_only(kind: type[BaseException]) -> None:
+    class Quits(ArrayProcessor):
+        def process_batch(self, frames: Any, params: Any, xp: Any) -> Any:
+            if (frames == 13).any():
+                raise kind
+            return frames
+
+    house = House(Quits())
+    bad, outcome = house.submit(13)
+    assert isinstance(outcome.get(timeout=WAIT).error, ProcessorFailed)
+    good, outcome = house.submit(1)
+    assert outcome.get(timeout=WAIT).error is None
+    bad.release()
+    good.release()
+    house.engine.close()
+
+
+def test_a_kernel_that_fails_in_place_fails_its_batch_and_nothing_is_computed_twice() -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    def kernel(src: Any, dst: Any, params: Any) -> None:
+        entered.set()
+        assert gate.wait(WAIT)
+        for frame in dst.reshape(-1, SPEC.nbytes):
+            if frame[0] == 13:
+                raise ValueError("thirteen")
+            frame += 1
+
+    class InPlace(ArrayProcessor):
+        kernels: ClassVar[dict[str, Any]] = {"numpy": kernel}
+
+    house = House(InPlace(), slots=8, max_batch=4)
+    jobs = [house.submit(0, "first")]
+    assert entered.wait(WAIT)
+    jobs += [house.submit(v, f"s{v}") for v in (1, 2, 13, 4)]
+    gate.set()
+    outcomes = [outcome.get(timeout=WAIT) for _, outcome in jobs]
+    assert outcomes[0].error is None
+    assert all(isinstance(outcome.error, ProcessorSpoiled) for outcome in outcomes[1:])
+    for lease, _ in jobs:
+        lease.release()
+    house.engine.close()
+
+
+def test_a_device_lost_while_memory_is_made() -> None:
+    class Hollow(NumpyBackend):  # type: ignore[misc]
+        def arena(self, nbytes: int, slots: int) -> Any:
+            raise DeviceLost("gone") if nbytes > 100 else MemoryError("full")
+
+    house = House(GreenTint(), Hollow())
+    with pytest.raises(Overloaded, match="full"):
+        house.lease(spec=FrameSpec(1, 1))
+    with pytest.raises(DeviceLost, match="gone"):
+        house.lease(spec=FrameSpec(100, 1))
+    house.engine.close()
+    assert isinstance(house.engine.fatal, DeviceLost)
 
 
 def test_a_start_that_fails_says_why() -> None:

@@ -10,7 +10,10 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +26,13 @@ from gpu_byoc.frames import FrameSpec
 from gpu_byoc.media import images, png
 from gpu_byoc.media.images import JPEG, PNG
 
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
 LIMIT = 1 << 22  # pixels
 REFUSALS = (CorruptImage, TooLarge, UnsupportedMedia)
 
 # 17x9 pixels of one colour, written by libjpeg (Pillow 12, quality 98): (the colour, the file in base 85).
-JPEGS = {
+JPEGS: Mapping[str, tuple[tuple[int, int, int], str]] = {
     "progressive": (
         (10, 200, 30),
         "|JeWF01!$>Nk#wx0RR9200961|JwjV009930RaI40RaI40RaI40s#R50RaL50RaL60s;a80s;a90|WyD0|NsB0s{mC0|W#F1Ox&D"
@@ -59,34 +64,36 @@ JPEGS = {
 }
 
 
-def decode(data, content_type, limit=LIMIT):
+def decode(data: bytes | bytearray, content_type: str, limit: int = LIMIT) -> Pixels:
     spec = images.probe(data, content_type, limit)
     out = np.full(spec.nbytes, 0xA5, np.uint8)
-    images.decode_into(data, spec, memoryview(out), content_type)
+    images.decode_into(data, spec, memoryview(out.data), content_type)
     return out.reshape(spec.shape)
 
 
-def encode(pixels, content_type):
+def encode(pixels: Pixels, content_type: str) -> bytes:
     height, width, _ = pixels.shape
-    return images.encode(memoryview(np.ascontiguousarray(pixels)), FrameSpec(width, height), content_type)
+    return images.encode(np.ascontiguousarray(pixels).data, FrameSpec(width, height), content_type)
 
 
-def smooth(width, height):
+def smooth(width: int, height: int) -> Pixels:
     """A gradient in every channel: a picture on which JPEG loses little."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], -1).astype(np.uint8)
 
 
-def chunk(kind, content):
+def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I4s", len(content), kind) + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png_file(width, height, depth, color, data, extra=b"", interlace=0):
+def png_file(
+    width: int, height: int, depth: int, color: int, data: bytes, extra: bytes = b"", interlace: int = 0
+) -> bytes:
     ihdr = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace)
     return png.SIGNATURE + chunk(b"IHDR", ihdr) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def unfiltered(samples):
+def unfiltered(samples: Any) -> bytes:
     """Rows of big-endian samples, each behind filter byte 0, deflated."""
     return zlib.compress(b"".join(b"\0" + row.tobytes() for row in samples))
 
@@ -95,23 +102,23 @@ def unfiltered(samples):
 
 
 @given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))))
-def test_png_is_exact(pixels):
+def test_png_is_exact(pixels: Pixels) -> None:
     assert np.array_equal(decode(encode(pixels, PNG), PNG), pixels)
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.tuples(*[st.integers(0, 255)] * 3))
-def test_jpeg_keeps_a_flat_colour_within_two(width, height, colour):
+def test_jpeg_keeps_a_flat_colour_within_two(width: int, height: int, colour: tuple[int, int, int]) -> None:
     pixels = np.full((height, width, 3), colour, np.uint8)
     assert np.abs(decode(encode(pixels, JPEG), JPEG).astype(int) - pixels).max() <= 2
 
 
-def test_jpeg_keeps_the_page_colour_and_the_ends_of_the_range():
+def test_jpeg_keeps_the_page_colour_and_the_ends_of_the_range() -> None:
     for colour in ((10, 200, 30), (0, 0, 0), (255, 255, 255)):
         pixels = np.full((48, 64, 3), colour, np.uint8)
         assert np.abs(decode(encode(pixels, JPEG), JPEG).astype(int) - pixels).max() <= 2
 
 
-def test_jpeg_is_good_and_has_colours_in_full_resolution():
+def test_jpeg_is_good_and_has_colours_in_full_resolution() -> None:
     pixels = smooth(320, 240)
     pixels[:, ::2, 0] ^= 64  # red lines one pixel wide: 4:2:0 would average them away
     data = encode(pixels, JPEG)
@@ -121,20 +128,20 @@ def test_jpeg_is_good_and_has_colours_in_full_resolution():
     assert b"Lavc" not in data
 
 
-def test_content_type_may_have_parameters_and_capitals():
+def test_content_type_may_have_parameters_and_capitals() -> None:
     pixels = smooth(8, 6)
     assert np.array_equal(decode(encode(pixels, "Image/PNG; boost=40"), "image/png;boost=40"), pixels)
 
 
 @pytest.mark.parametrize("name", JPEGS)
-def test_other_writers_jpegs(name):
+def test_other_writers_jpegs(name: str) -> None:
     colour, text = JPEGS[name]
     pixels = decode(base64.b85decode(text), JPEG)
     assert pixels.shape == (9, 17, 3)
     assert np.abs(pixels.astype(int) - colour).max() <= 2
 
 
-def test_a_jpeg_inside_a_larger_file_with_metadata():
+def test_a_jpeg_inside_a_larger_file_with_metadata() -> None:
     plain = encode(smooth(32, 32), JPEG)
     thumbnail = b"Exif\0\0" + plain
     exif = b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
@@ -157,31 +164,31 @@ GREY = np.arange(12 * 10, dtype=np.uint8).reshape(10, 12)
         ),
     ],
 )  # fmt: skip
-def test_pngs_that_are_not_rgb(depth, color, samples, expected):
+def test_pngs_that_are_not_rgb(depth: int, color: int, samples: Any, expected: Pixels) -> None:
     data = png_file(12, 10, depth, color, unfiltered(samples))
     assert np.array_equal(decode(data, PNG), expected)
 
 
-def test_a_palette_png():
+def test_a_palette_png() -> None:
     colours = np.random.default_rng(1).integers(0, 256, (256, 3), np.uint8)
     data = png_file(12, 10, 8, 3, unfiltered(GREY), extra=chunk(b"PLTE", colours.tobytes()))
     assert np.array_equal(decode(data, PNG), colours[GREY])
 
 
-def test_a_one_bit_png():
+def test_a_one_bit_png() -> None:
     bits = np.random.default_rng(2).integers(0, 2, (10, 12), np.uint8)
     data = png_file(12, 10, 1, 0, unfiltered(np.packbits(bits, axis=1)))
     assert np.array_equal(decode(data, PNG), np.dstack([bits * 255] * 3))
 
 
-def test_sixteen_bits_become_eight():
+def test_sixteen_bits_become_eight() -> None:
     samples = np.random.default_rng(3).integers(0, 65536, (10, 12, 3), np.uint16)
     data = png_file(12, 10, 16, 2, unfiltered(samples.astype(">u2")))
     assert np.abs(decode(data, PNG).astype(int) - samples / 257).max() < 2  # the scaler cuts, and rounds by a pattern
 
 
 @pytest.mark.parametrize(("width", "height"), [(12, 10), (1, 1), (3, 2), (5, 9)])
-def test_an_interlaced_png(width, height):
+def test_an_interlaced_png(width: int, height: int) -> None:
     pixels = smooth(width, height)
     rows = b""
     for left, top, across, down in png._ADAM7:
@@ -191,7 +198,7 @@ def test_an_interlaced_png(width, height):
     assert np.array_equal(decode(data, PNG), pixels)
 
 
-def test_a_png_in_many_chunks_with_notes_between_header_and_data():
+def test_a_png_in_many_chunks_with_notes_between_header_and_data() -> None:
     pixels = smooth(16, 16)
     packed = unfiltered(pixels.reshape(16, -1))
     note = chunk(b"tEXt", b"Comment\0hello")
@@ -201,12 +208,12 @@ def test_a_png_in_many_chunks_with_notes_between_header_and_data():
     assert np.array_equal(decode(data, PNG), pixels)
 
 
-def test_threads_do_not_disturb_one_another():
+def test_threads_do_not_disturb_one_another() -> None:
     pictures = [np.roll(smooth(30 + n, 20 + n), n, axis=2) for n in range(8)]
     expected = [decode(encode(picture, JPEG), JPEG) for picture in pictures]
     gate = threading.Barrier(4)
 
-    def work(_):
+    def work(_: int) -> list[Pixels]:
         gate.wait(10)
         return [decode(encode(picture, kind), kind) for kind in (JPEG, PNG) for picture in pictures]
 
@@ -218,7 +225,7 @@ def test_threads_do_not_disturb_one_another():
 # --- what is refused
 
 
-def test_a_pixel_bomb_is_refused_from_its_header():
+def test_a_pixel_bomb_is_refused_from_its_header() -> None:
     ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", 65535, 65535, 8, 2, 0, 0, 0))
     sof = b"\xff\xc0" + struct.pack(">HBHHB", 17, 8, 65535, 65535, 3) + bytes([1, 17, 0, 2, 17, 0, 3, 17, 0])
     began = time.perf_counter()
@@ -228,13 +235,13 @@ def test_a_pixel_bomb_is_refused_from_its_header():
     assert time.perf_counter() - began < 0.5
 
 
-def test_a_png_side_beyond_the_frame_limit_is_too_large_whatever_the_pixel_limit():
+def test_a_png_side_beyond_the_frame_limit_is_too_large_whatever_the_pixel_limit() -> None:
     data = png.SIGNATURE + chunk(b"IHDR", struct.pack(">IIBBBBB", 65536, 1, 8, 2, 0, 0, 0))
     with pytest.raises(TooLarge):
         images.probe(data, PNG, 1 << 40)
 
 
-def test_compressed_text_is_not_inflated():
+def test_compressed_text_is_not_inflated() -> None:
     bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 << 20), 9))
     pixels = smooth(16, 16)
     data = png_file(16, 16, 8, 2, unfiltered(pixels.reshape(16, -1)), extra=bomb)
@@ -243,7 +250,7 @@ def test_compressed_text_is_not_inflated():
     assert np.array_equal(decode(data, PNG), pixels)
 
 
-def test_image_data_that_inflates_to_more_than_the_header_says_is_refused_without_inflating_it():
+def test_image_data_that_inflates_to_more_than_the_header_says_is_refused_without_inflating_it() -> None:
     data = png_file(16, 16, 8, 2, zlib.compress(bytes(64 << 20), 9))
     began = time.perf_counter()
     with pytest.raises(CorruptImage, match="more than 784"):
@@ -266,19 +273,19 @@ RAW = zlib.decompress(ROWS)
         pytest.param(b"", "0 bytes", id="empty"),
     ],
 )
-def test_png_data_that_the_decoder_would_let_pass(data, message):
+def test_png_data_that_the_decoder_would_let_pass(data: bytes, message: str) -> None:
     with pytest.raises(CorruptImage, match=message):
         decode(png_file(16, 16, 8, 2, data), PNG)
 
 
-def test_a_wrong_chunk_checksum():
+def test_a_wrong_chunk_checksum() -> None:
     good = png_file(16, 16, 8, 2, ROWS)
     at = good.index(b"IDAT") + 4 + len(ROWS)
     with pytest.raises(CorruptImage, match="IDAT"):
         decode(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :], PNG)
 
 
-def test_a_jpeg_without_some_of_its_scans():
+def test_a_jpeg_without_some_of_its_scans() -> None:
     data = base64.b85decode(JPEGS["progressive"][1])
     first = data.index(b"\xff\xda")
     second = data.index(b"\xff\xda", first + 2)
@@ -291,7 +298,7 @@ def test_a_jpeg_without_some_of_its_scans():
         decode(scans[0] + b"\xff\xda" + scans[1] + b"\xff\xd9", JPEG)
 
 
-def test_a_jpeg_that_ends_early():
+def test_a_jpeg_that_ends_early() -> None:
     data = encode(smooth(64, 64), JPEG)
     for cut in (len(data) // 2, len(data) - 2, len(data) - 1):
         with pytest.raises(CorruptImage):
@@ -300,14 +307,14 @@ def test_a_jpeg_that_ends_early():
         decode(data[: len(data) // 2] + b"\xff\xd9", JPEG)
 
 
-def test_too_many_scans_are_refused_before_decoding():
+def test_too_many_scans_are_refused_before_decoding() -> None:
     data = base64.b85decode(JPEGS["progressive"][1])
     last = data.rindex(b"\xff\xda")
     with pytest.raises(CorruptImage, match="too many"):
         decode(data[:last] + data[last:-2] * 100 + b"\xff\xd9", JPEG)
 
 
-def test_types():
+def test_types() -> None:
     jpeg, png_data = encode(smooth(8, 8), JPEG), encode(smooth(8, 8), PNG)
     with pytest.raises(UnsupportedMedia, match="image/webp"):
         images.probe(jpeg, "image/webp", LIMIT)
@@ -323,7 +330,7 @@ def test_types():
         images.encode(memoryview(bytes(12)), FrameSpec(2, 2), "image/gif")
 
 
-def test_the_slot_must_fit():
+def test_the_slot_must_fit() -> None:
     data = encode(smooth(8, 8), PNG)
     with pytest.raises(BadFrame, match="100 bytes"):
         images.decode_into(data, FrameSpec(8, 8), memoryview(bytearray(100)), PNG)
@@ -343,7 +350,7 @@ SAMPLES = {
 
 @settings(deadline=1000)
 @given(st.sampled_from(sorted(SAMPLES)), st.data())
-def test_damaged_files_are_refused_or_decoded_and_nothing_else(name, data):
+def test_damaged_files_are_refused_or_decoded_and_nothing_else(name: str, data: st.DataObject) -> None:
     original, kind = SAMPLES[name]
     damaged = bytearray(original[: data.draw(st.integers(0, len(original)), "length")])
     for _ in range(data.draw(st.integers(0, 4), "flips")):
@@ -358,7 +365,7 @@ def test_damaged_files_are_refused_or_decoded_and_nothing_else(name, data):
 
 @settings(deadline=1000)
 @given(st.sampled_from(sorted(SAMPLES)), st.data())
-def test_truncated_files_are_always_refused(name, data):
+def test_truncated_files_are_always_refused(name: str, data: st.DataObject) -> None:
     original, kind = SAMPLES[name]
     with pytest.raises(REFUSALS):
         decode(original[: data.draw(st.integers(0, len(original) - 1))], kind)
@@ -366,7 +373,7 @@ def test_truncated_files_are_always_refused(name, data):
 
 @settings(deadline=1000)
 @given(st.sampled_from([(png.SIGNATURE, PNG), (b"\xff\xd8\xff", JPEG)]), st.binary(max_size=200))
-def test_noise_behind_a_signature(start, noise):
+def test_noise_behind_a_signature(start: tuple[bytes, str], noise: bytes) -> None:
     try:
         decode(start[0] + noise, start[1])
     except REFUSALS:
@@ -376,7 +383,7 @@ def test_noise_behind_a_signature(start, noise):
 @pytest.mark.parametrize(
     "byte", [b"\xff", b"\x00", b"\xff\xe0\x00\x02", b"\xff\xda\x00\x02", b"\x00\x00\x00\x00IDAT\x35\xaf\x06\x1e"]
 )
-def test_a_megabyte_of_the_same_is_no_work(byte):
+def test_a_megabyte_of_the_same_is_no_work(byte: bytes) -> None:
     filler = byte * (1_000_000 // len(byte))
     starts = [(b"\xff\xd8\xff\xe0\x00\x02", JPEG), (png_file(8, 8, 8, 2, b"")[:33], PNG)]
     for start, kind in starts:
@@ -386,7 +393,7 @@ def test_a_megabyte_of_the_same_is_no_work(byte):
         assert time.perf_counter() - began < 1.0
 
 
-def test_nothing_is_printed(tmp_path):
+def test_nothing_is_printed(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes(encode(smooth(64, 64), JPEG)[:-300] + b"\xff\xd9")
     code = f"""
 import sys

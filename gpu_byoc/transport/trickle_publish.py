@@ -1,0 +1,350 @@
+"""Publishing to a trickle channel: one POST per segment, the next one always open ahead.
+
+Names are imported from ``trickle_client``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from types import TracebackType
+from typing import Final, Self
+
+import aiohttp
+
+from gpu_byoc.core.cursor import RESET, Backoff, End, Publication, Retry, Skip, Stored, first_index
+from gpu_byoc.errors import ChannelClosed, ChannelFailed, SegmentFailed
+
+PROGRESS_SECONDS: Final = 5.0
+"""How long the server may take for a piece of a body, or to confirm a finished one, as in livepeer_gateway. There is
+no bound on a segment as a whole, nor on the time that one is open before its first byte."""
+
+PIECE: Final = 64 << 10
+"""Bytes that are written at once and have to make progress. One control message (32 KiB at most) stays in one."""
+
+_ANSWER = 4096  # bytes of an answer's text that are looked at
+
+
+class Publisher:
+    """Publishes to a channel, as an async context manager that leaves nothing running.
+
+    On entering it asks for the channel's next index (unless ``first`` says it) and opens that segment. ``segment()``
+    gives the segment that is open and opens the next, so that a first byte never waits for a connection. Segments that
+    were not closed when the block ends are cut off. ``delete`` closes the channel for everybody then.
+
+    Raises:
+        ChannelMissing: there is no such channel.
+        ChannelClosed: it has been closed; ``ended`` is set.
+        ChannelFailed: the server stays away, or several segments in a row were lost.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        content_type: str,
+        *,
+        first: int | None = None,
+        delete: bool = False,
+        progress: float = PROGRESS_SECONDS,
+        backoff: Backoff | None = None,
+    ) -> None:
+        self.ended: End | None = None
+        self.url = url.rstrip("/")
+        self.session = session
+        self._headers = {"Content-Type": content_type}
+        self._first = first
+        self._delete = delete
+        self.progress = progress
+        self._backoff = backoff or Backoff()
+        self._place: Publication | None = None
+        self._ahead: OutgoingSegment | None = None
+        self._open: set[OutgoingSegment] = set()
+
+    async def __aenter__(self) -> Self:
+        reset = False
+        if self._first is None:
+            first = await self._ask_next()
+            self._place, reset = Publication(first, self._backoff, self.url, met=True), first > 0
+        else:
+            self._place = Publication(self._first, self._backoff, self.url)
+        # The publisher before us may have left segments that readers still wait for.
+        self._ahead = self._post(self._place, {RESET: "1"} if reset else {})
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def open(self) -> OutgoingSegment:
+        """The next segment. Close it, or abort it."""
+        if self._place is None:
+            raise RuntimeError("a publisher opens segments inside of its `async with` block")
+        if self.ended:
+            raise self.gone(self.ended)
+        while True:
+            segment = self._ahead or self._post(self._place)
+            self._ahead = None
+            if not segment.settled:
+                break
+            await segment.outcome()  # answered before its first byte: says why, or that this index is not wanted
+        self._ahead = self._post(self._place)
+        return segment
+
+    def segment(self) -> _Opening:
+        """``async with publisher.segment() as segment``: closed at the end of the block, aborted by an exception."""
+        return _Opening(self)
+
+    async def send(self, data: bytes) -> int:
+        """A whole segment. Returns its index."""
+        async with self.segment() as segment:
+            await segment.write(data)
+        return segment.seq
+
+    async def aclose(self) -> None:
+        """Cut off what is open, then delete the channel if that was asked for. May be called twice.
+
+        Raises:
+            ChannelFailed: the channel could not be deleted.
+        """
+        self._place = self._ahead = None
+        given_up, self._open = self._open, set()
+        if given_up:
+            await _give_up(given_up)
+        if self._delete:
+            self._delete = False
+            await self._delete_channel()
+
+    def gone(self, end: End) -> ChannelClosed:
+        self.ended = end
+        return ChannelClosed(f"{self.url} is closed ({end.why}) and takes nothing more")
+
+    async def release(self, seq: int) -> None:
+        """Tell the server that a broken segment gets no more: one like go-livepeer's leaves its readers waiting."""
+        try:
+            async with asyncio.timeout(self.progress), self.session.delete(f"{self.url}/{seq}"):
+                pass
+        except (aiohttp.ClientError, OSError):
+            pass  # the segment's own error is what counts
+
+    def forget(self, segment: OutgoingSegment) -> None:
+        self._open.discard(segment)
+
+    def _post(self, place: Publication, headers: dict[str, str] | None = None) -> OutgoingSegment:
+        segment = OutgoingSegment(self, place, self._headers | (headers or {}))
+        self._open.add(segment)
+        return segment
+
+    async def _ask_next(self) -> int:
+        failures = 0
+        while True:
+            try:
+                async with asyncio.timeout(self.progress), self.session.get(f"{self.url}/next") as response:
+                    text = await _text(response)
+                    first = first_index(response.status, response.headers, text, self.url)
+                if first is not None:
+                    return first
+                reason = f"HTTP {response.status}: {text[:200]}"
+            except (aiohttp.ClientError, OSError) as error:
+                reason = words(error)
+            failures += 1
+            if failures >= self._backoff.attempts:
+                raise ChannelFailed(f"{self.url}/next: no luck {failures} times in a row, the last time: {reason}")
+            await asyncio.sleep(self._backoff.delay(failures))
+
+    async def _delete_channel(self) -> None:
+        try:
+            async with asyncio.timeout(self.progress), self.session.delete(self.url) as response:
+                if response.status not in (200, 400, 404):  # 400, or 404, where it has gone already
+                    raise ChannelFailed(f"DELETE {self.url}: HTTP {response.status}: {await _text(response)}")
+        except (aiohttp.ClientError, OSError) as error:
+            raise ChannelFailed(f"DELETE {self.url}: {words(error)}") from error
+
+
+class OutgoingSegment:
+    """A segment that is being published. One task uses it: ``write`` as often as you like, then ``close``, or
+    ``abort``. ``sent`` bytes have been handed to the connection.
+
+    Nothing is queued: ``write`` returns when the connection has taken the bytes. Before the first of them, the
+    request is repeated when it breaks; after it, the segment fails. Raises, from ``write`` and ``close``: as
+    Publisher, and SegmentFailed for this segment alone.
+    """
+
+    def __init__(self, publisher: Publisher, place: Publication, headers: dict[str, str]) -> None:
+        self.seq = place.take()
+        self.sent = 0
+        self._publisher = publisher
+        self._place = place
+        self._headers = headers
+        self._piece: bytes | None = None  # on its way from write() to a body
+        self._closing = False  # the body ends after the piece
+        self._offered = asyncio.Event()  # there is a piece, or the end
+        self._taken = asyncio.Event()  # the connection has the piece, or never will
+        self.task = asyncio.create_task(self._run())
+        self.task.add_done_callback(lambda task: self._taken.set())
+
+    @property
+    def settled(self) -> bool:
+        """The server has answered, or the attempts are used up: it takes no more."""
+        return self.task.done()
+
+    async def write(self, data: bytes) -> None:
+        if self._closing:
+            raise RuntimeError("write after close or abort")
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), PIECE):
+            if not self.settled:
+                await self._hand_over(bytes(view[start : start + PIECE]))
+            if self.settled:
+                await self.outcome()
+                raise SegmentFailed(self.seq, f"the server ended it after {self.sent} bytes")
+
+    async def close(self) -> None:
+        """End the segment, and return when the server has confirmed it. The next one can be opened meanwhile."""
+        self._closing = True
+        self._offered.set()
+        await asyncio.wait([self.task], timeout=self._publisher.progress)
+        if not self.settled:
+            await self._stuck("the server has not confirmed it")
+        await self.outcome()
+
+    async def abort(self) -> None:
+        """Cut the segment off: the request breaks, it does not end. May be called twice."""
+        again, self._closing = self.task.cancelled(), True
+        await self.cancel()
+        if self.sent and not again:
+            await self._publisher.release(self.seq)
+
+    async def cancel(self) -> None:
+        """Cut off without a word to the server, which will see the connection break."""
+        self._closing = True
+        self._publisher.forget(self)
+        await _give_up([self])
+
+    async def outcome(self) -> Stored | Skip:
+        """What became of a segment that is settled."""
+        self._publisher.forget(self)
+        done = self.task.result()
+        if isinstance(done, End):
+            raise self._publisher.gone(done)
+        return done
+
+    async def next_piece(self, last: bool) -> bytes | None:
+        """For the body: what to send next, or None for the end. ``last`` says that the former piece is through."""
+        if last:
+            self._taken.set()
+        await self._offered.wait()
+        piece, self._piece = self._piece, None
+        if piece is not None:
+            self.sent += len(piece)
+            if not self._closing:
+                self._offered.clear()
+        return piece
+
+    async def _hand_over(self, piece: bytes) -> None:
+        self._piece = piece
+        self._taken.clear()
+        self._offered.set()
+        try:
+            async with asyncio.timeout(self._publisher.progress):
+                await self._taken.wait()
+        except TimeoutError:
+            await self._stuck("the server takes no more")
+
+    async def _stuck(self, what: str) -> None:
+        await self.abort()
+        raise SegmentFailed(self.seq, f"{what}, {self._publisher.progress:g} s after {self.sent} bytes")
+
+    async def _run(self) -> Stored | Skip | End:
+        """One POST after the other, until one is answered or has sent something."""
+        while True:
+            body = _Body(self)
+            try:
+                decision = await self._attempt(body)
+            except (aiohttp.ClientError, OSError) as error:
+                decision = self._place.failed(self.seq, words(error), self.sent)
+            if not isinstance(decision, Retry):
+                return decision
+            await asyncio.sleep(decision.after)
+
+    async def _attempt(self, body: _Body) -> Stored | Skip | End | Retry:
+        publisher = self._publisher
+        response = await publisher.session.post(
+            f"{publisher.url}/{self.seq}", data=body, headers=self._headers, allow_redirects=False
+        )
+        try:
+            async with asyncio.timeout(publisher.progress):
+                text = await _text(response)
+            return self._place.answered(self.seq, response.status, response.headers, text, self.sent, body.ended)
+        finally:
+            if not body.ended:
+                response.close()  # nobody wants the rest of it
+            response.release()
+
+
+class _Body:
+    """The body of one POST. An iterator of our own rather than a generator: where a request breaks, nothing is left
+    suspended inside of it."""
+
+    def __init__(self, segment: OutgoingSegment) -> None:
+        self.ended = False
+        self._segment = segment
+        self._began = self._sent = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._began:
+            self._began = True
+            return b""  # makes aiohttp send the head of the request now, not with the first byte of the body
+        piece = await self._segment.next_piece(self._sent)
+        self._sent = True
+        if piece is None:
+            self.ended = True
+            raise StopAsyncIteration
+        return piece
+
+
+class _Opening:
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+
+    async def __aenter__(self) -> OutgoingSegment:
+        self._segment = await self._publisher.open()
+        return self._segment
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            await self._segment.close()
+        elif isinstance(error, Exception):
+            await self._segment.abort()
+        else:
+            await self._segment.cancel()  # we are told to hurry
+
+
+def words(error: BaseException) -> str:
+    """An error of the network, for a message: some say nothing but their name."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+async def _text(response: aiohttp.ClientResponse) -> str:
+    """The beginning of an answer's text."""
+    text = b""
+    while len(text) < _ANSWER and (more := await response.content.read(_ANSWER - len(text))):
+        text += more
+    return text.decode("utf-8", "replace").strip()
+
+
+async def _give_up(segments: Collection[OutgoingSegment]) -> None:
+    """Break their requests. All are told before the first is waited for, so that a cancel of ours leaves none out."""
+    tasks = [segment.task for segment in segments]
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # seen; they are given up

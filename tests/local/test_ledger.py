@@ -1,0 +1,152 @@
+"""The ledger: what a job costs, and that no row is lost or torn."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import sqlite3
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_byoc.errors import ConfigError
+from gpu_byoc.local.ledger import FILE, Entry, Ledger, Totals, billed, compute_seconds, read_usage, utc
+from tests.local.kit import in_loop, soon
+from tests.support.processes import running
+
+
+def entry(number: int, capability: str = "a", compute: float | None = 0.5) -> Entry:
+    return Entry(f"job{number}", capability, utc(1_700_000_000.0), 1.25, 2, compute, "ok", 200)
+
+
+@pytest.mark.parametrize(("wall", "cost"), [(0.0, 1), (0.2, 1), (1.0, 1), (1.0001, 2), (3.01, 4)])
+def test_seconds_are_rounded_up(wall: float, cost: int) -> None:
+    assert billed(wall, dispatched=True) == cost
+    assert billed(wall, dispatched=False) == 0
+
+
+def test_the_start_is_utc() -> None:
+    assert utc(0.25) == "1970-01-01T00:00:00.250Z"
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ('{"compute_seconds": 0.125, "backend": "numpy"}', 0.125),
+        ('{"compute_seconds": 2}', 2.0),
+        ('{"compute_seconds": -1}', None),
+        ('{"compute_seconds": true}', None),
+        ('{"compute_seconds": "1"}', None),
+        ('{"compute_seconds": NaN}', None),
+        ('{"compute_seconds": 1e999}', None),
+        ("{}", None),
+        ("[1]", None),
+        ("not JSON", None),
+        ("[" * 100_000, None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_compute_seconds_of_a_worker(header: str | None, seconds: float | None) -> None:
+    assert compute_seconds(header) == seconds
+
+
+@given(st.text())
+def test_no_header_breaks_the_reader(header: str) -> None:
+    got = compute_seconds(header)
+    assert got is None or got >= 0
+
+
+@in_loop
+async def test_rows_are_there_after_close_and_totals_go_on(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "new" / "dir")
+    ledger.open()
+    for number in range(500):
+        ledger.add(entry(number, "ab"[number % 2], None if number % 5 == 0 else 0.5))
+    await ledger.close()
+    await ledger.close()
+    usage = read_usage(tmp_path / "new" / "dir", 3)
+    assert usage.entries == [entry(497, "b"), entry(498, "a"), entry(499, "b")]
+    assert usage.totals == {"a": Totals(250, 312.5, 500, 100.0), "b": Totals(250, 312.5, 500, 100.0)}
+    again = Ledger(tmp_path / "new" / "dir")
+    again.open()
+    assert again.totals == Totals(500, 625.0, 1000, 200.0)
+    await again.close()
+
+
+@in_loop
+async def test_rows_are_read_while_it_writes(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.open()
+    ledger.add(entry(1))
+    await soon(lambda: read_usage(tmp_path, 9).entries == [entry(1)])
+    await ledger.close()
+
+
+@in_loop
+async def test_rows_wait_while_the_disk_refuses_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.open()
+    with sqlite3.connect(tmp_path / FILE) as vandal:
+        vandal.execute("ALTER TABLE jobs RENAME TO gone")
+    vandal.close()
+    ledger.add(entry(1))
+    await soon(lambda: "no such table" in ledger.error)
+    assert "keeping the rows in memory" in caplog.text
+    with sqlite3.connect(tmp_path / FILE) as vandal:
+        vandal.execute("ALTER TABLE gone RENAME TO jobs")
+    vandal.close()
+    ledger.add(entry(2))
+    await soon(lambda: ledger.error == "")
+    await ledger.close()
+    assert read_usage(tmp_path, 9).entries == [entry(1), entry(2)]
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="-datadir"):
+        Ledger(tmp_path / "file").open()
+    with pytest.raises(ConfigError, match="-datadir"):
+        read_usage(tmp_path, 1)
+    (tmp_path / FILE).write_text("this is no database, and long enough to see that")
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_usage(tmp_path, 1)
+    with pytest.raises(ConfigError, match="-datadir"):
+        Ledger(tmp_path).open()
+
+
+KILLED = """
+import sys, itertools
+from pathlib import Path
+from gpu_byoc.local.ledger import Entry, Ledger
+ledger = Ledger(Path(sys.argv[1]))
+ledger.open()
+for number in itertools.count():
+    ledger.add(Entry(f"job{number}", "a", "2026-01-01T00:00:00.000Z", 0.5, 1, 0.25, "ok", 200))
+    if number % 1000 == 0:
+        print("added", number, flush=True)
+    if number > 20_000:
+        sys.stdin.read()
+"""
+
+
+def test_kill_9_tears_no_row(tmp_path: Path) -> None:
+    with running(str(tmp_path), program=("-c", KILLED)) as process:
+        process.wait_for("added 5000")
+
+        async def some_are_stored() -> None:
+            await soon(lambda: read_usage(tmp_path, 1).entries)
+
+        asyncio.run(some_are_stored())
+        assert process.end(signal.SIGKILL) == -signal.SIGKILL
+    usage = read_usage(tmp_path, 100_000)
+    assert usage.entries, "rows from before the kill are there"
+    assert [row.job_id for row in usage.entries] == [f"job{number}" for number in range(len(usage.entries))]
+    assert {(row.wall_seconds, row.billed_seconds, row.compute_seconds) for row in usage.entries} == {(0.5, 1, 0.25)}
+    database = sqlite3.connect(tmp_path / FILE)
+    assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    database.close()
+    assert all(re.fullmatch(r"job\d+", row.job_id) for row in usage.entries)
