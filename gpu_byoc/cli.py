@@ -53,31 +53,40 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
     )
 
 
-def _add_worker(parser: argparse.ArgumentParser) -> None:
-    """Flags that ``serve`` and ``run`` share. Every one also has an environment variable, GPU_BYOC_<NAME>."""
+def _worker_flags() -> list[tuple[str, Callable[[str], object], object, str]]:
+    """(flag, type, default, help) of what ``serve`` and ``run`` share; each has a variable GPU_BYOC_<FLAG>, too."""
     default = ServeConfig()
     engine = default.engine
+    capability = env("CAPABILITY_NAME", "") or env("MODEL_ID", "")  # what the network's own workers read
+    return [
+        ("backend", str, default.backend, "auto, numpy, torch, cupy, or the name of a plug-in"),
+        ("device", str, default.device, "device of the backend, such as cuda:1"),
+        ("capability", str, capability, "name under which jobs are also taken: POST /NAME"),
+        ("pipeline", str, env("PIPELINE", default.pipeline), "what /version calls the pipeline"),
+        ("app-version", str, default.app_version, "what /app-version says"),
+        ("slots", int, engine.slots, "frames in the house at once, per frame size"),
+        ("max-batch", int, engine.max_batch, "frames that share a batch, and the most in one job"),
+        ("max-wait-ms", float, engine.max_wait_ms, "how long an idle device waits for a fuller batch"),
+        ("depth", int, engine.depth, "batches on their way to the device at once"),
+        ("memory-mb", int, engine.memory // MIB, "bound on the frame memory of all sizes together"),
+        ("max-body-mb", int, default.max_body // MIB, "largest request body"),
+        ("slot-wait", float, default.slot_wait, "seconds a job waits in the line for a slot before 503"),
+        ("body-timeout", float, default.body_timeout, "seconds over which a body or an answer must make headway"),
+        ("job-timeout", float, default.job_timeout, "seconds to wait for the processor before 504"),
+        ("log-level", str, "info", "debug, info, warning or error"),
+    ]
 
-    def flag(name: str, kind: Callable[[str], object], value: object, text: str) -> None:
-        variable = "GPU_BYOC_" + name.upper().replace("-", "_")
-        parser.add_argument(f"--{name}", type=kind, default=env(variable, "") or value, help=f"{text} [{variable}]")
 
-    flag("backend", str, default.backend, "auto, numpy, torch, cupy, or the name of a plug-in")
-    flag("device", str, default.device, "device of the backend, such as cuda:1")
-    flag("capability", str, default.capability, "name under which jobs are also taken: POST /NAME")
-    flag("app-version", str, default.app_version, "what /app-version says")
-    flag("slots", int, engine.slots, "frames in the house at once, per frame size")
-    flag("max-batch", int, engine.max_batch, "frames that share a batch, and the most in one job")
-    flag("max-wait-ms", float, engine.max_wait_ms, "how long an idle device waits for a fuller batch")
-    flag("depth", int, engine.depth, "batches on their way to the device at once")
-    flag("memory-mb", int, engine.memory // MIB, "bound on the frame memory of all sizes together")
-    flag("max-body-mb", int, default.max_body // MIB, "largest request body")
-    flag("slot-wait", float, default.slot_wait, "seconds a job waits for a slot before 503")
-    flag("body-timeout", float, default.body_timeout, "seconds without progress before a body or an answer is given up")
-    flag("log-level", str, "info", "debug, info, warning or error")
+def _add_flag(
+    parser: argparse.ArgumentParser, name: str, kind: Callable[[str], object], default: object, text: str
+) -> None:
+    """A flag whose default is its environment variable's value, checked like the flag's own."""
+    variable = "GPU_BYOC_" + name.upper().replace("-", "_")
+    parser.add_argument(f"--{name}", type=kind, default=env(variable, "") or default, help=f"{text} [{variable}]")
 
 
 def _config(given: argparse.Namespace, **changes: object) -> ServeConfig:
+    """All flags as a configuration."""
     engine = EngineConfig(
         slots=given.slots,
         max_batch=given.max_batch,
@@ -85,9 +94,22 @@ def _config(given: argparse.Namespace, **changes: object) -> ServeConfig:
         depth=given.depth,
         memory=given.memory_mb * MIB,
     )
-    same = ("backend", "device", "capability", "app_version", "slot_wait", "body_timeout")
-    values = {name: getattr(given, name) for name in same} | changes
+    values = {name: getattr(given, name) for name in _PLAIN} | changes
     return ServeConfig(engine=engine, max_body=given.max_body_mb * MIB, **values)
+
+
+_PLAIN = ("backend", "device", "capability", "pipeline", "app_version", "slot_wait", "body_timeout", "job_timeout")
+_ENGINE = {"slots": 1, "max_batch": 1, "max_wait_ms": 1, "depth": 1, "memory_mb": MIB}
+
+
+def _changes(given: argparse.Namespace) -> dict[str, object]:
+    """Only what was given, by field of ServeConfig; ``engine`` is a dict of EngineConfig's fields."""
+    said = {name: value for name, value in vars(given).items() if value is not None}
+    changes: dict[str, object] = {name: said[name] for name in ("host", "port", *_PLAIN) if name in said}
+    if "max_body_mb" in said:
+        changes["max_body"] = said["max_body_mb"] * MIB
+    engine = {name.removesuffix("_mb"): said[name] * unit for name, unit in _ENGINE.items() if name in said}
+    return changes | ({"engine": engine} if engine else {})
 
 
 def _logging(level: str) -> None:
@@ -101,21 +123,12 @@ def _logging(level: str) -> None:
 def _serve(argv: Sequence[str]) -> int:
     parser = _parser("serve", "Serve a processor over HTTP.")
     default = ServeConfig()
-    parser.add_argument(
-        "--processor",
-        default=env("GPU_BYOC_PROCESSOR", default.processor),
-        help="green_tint, grayscale, passthrough, module:Class or file.py:Class [GPU_BYOC_PROCESSOR]",
-    )
-    parser.add_argument(
-        "--host", default=env("GPU_BYOC_HOST", default.host), help="address to listen on [GPU_BYOC_HOST]"
-    )
-    parser.add_argument(
-        "--port",
-        type=int,
-        default=int(env("GPU_BYOC_PORT", str(default.port))),
-        help="port, 0 takes a free one [GPU_BYOC_PORT]",
-    )
-    _add_worker(parser)
+    names = "green_tint, grayscale, passthrough, module:Class or file.py:Class"
+    _add_flag(parser, "processor", str, default.processor, names)
+    _add_flag(parser, "host", str, default.host, "address to listen on")
+    _add_flag(parser, "port", int, default.port, "port to listen on; 0 takes a free one")
+    for flag in _worker_flags():
+        _add_flag(parser, *flag)
     given = parser.parse_args(argv)
     import asyncio
 
@@ -129,20 +142,17 @@ def _serve(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     parser = _parser("run", "Run a file that ends in asyncio.run(run_processor(...)), as on the quickstart page.")
-    parser.add_argument("file", type=Path, help="the Python file")
-    parser.add_argument("--host", default=env("GPU_BYOC_HOST", "") or None, help="instead of what the file says")
-    parser.add_argument(
-        "--port", type=int, default=env("GPU_BYOC_PORT", "") or None, help="instead of what the file says"
-    )
-    _add_worker(parser)
+    parser.formatter_class = argparse.HelpFormatter
+    parser.add_argument("file", type=Path, help="the Python file; a flag wins over what it says")
+    _add_flag(parser, "host", str, None, "address to listen on")
+    _add_flag(parser, "port", int, None, "port to listen on; 0 takes a free one")
+    for name, kind, _, text in _worker_flags():
+        _add_flag(parser, name, kind, None, text)
     given = parser.parse_args(argv)
     from gpu_byoc.worker import pagerun, serve
 
-    _logging(given.log_level)
-    config = _config(given)
-    changes = {f: getattr(config, f) for f in config.__dataclass_fields__ if f not in ("host", "port", "processor")}
-    changes |= {name: value for name in ("host", "port") if (value := getattr(given, name)) is not None}
-    serve.override(**changes)
+    _logging(given.log_level or "info")
+    serve.override(**_changes(given))
     return pagerun.run_file(given.file)
 
 

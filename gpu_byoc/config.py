@@ -52,9 +52,11 @@ class EngineConfig:
 class ServeConfig:
     """The worker.
 
-    ``max_body`` bytes bound a request's body (64 MiB: two 4K RGB frames and some). ``slot_wait`` is how many seconds
-    a job waits for a slot before it is refused with 503. ``body_timeout`` bounds the wait for the next chunk of a
-    body, and for a reader to take the next part of an answer, in seconds.
+    ``max_body`` bytes bound a request's body (64 MiB: two 4K RGB frames and some), ``max_collected`` bytes all bodies
+    together that must be read as a whole (images, JSON) before they get a slot. ``slot_wait`` is how many seconds a job
+    waits in the line for a slot before it is refused with 503. ``body_timeout`` is over how many seconds a body must
+    come, and an answer be taken, at more than a minimum rate. ``job_timeout`` bounds the wait for the processor, in
+    seconds; 300 is the overall limit that the network's own clients use.
     """
 
     host: str = "0.0.0.0"
@@ -62,21 +64,32 @@ class ServeConfig:
     backend: str = "auto"
     device: str | None = None
     processor: str = "green_tint"
+    pipeline: str = "byoc"
     capability: str = ""
     app_version: str = "0.0.1"
     max_body: int = 64 * MIB
     max_pixels: int = 64 * 1024 * 1024
     slot_wait: float = 0.5
+    max_collected: int = 512 * MIB
     body_timeout: float = 30.0
+    job_timeout: float = 300.0
     engine: EngineConfig = EngineConfig()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port} is not a port; 1 to 65535, or 0 for a free one")
+        if self.max_body < 1 or self.max_pixels < 1:
+            raise ConfigError("--max-body-mb must be at least 1")
+        if self.slot_wait < 0 or self.body_timeout <= 0 or self.job_timeout <= 0:
+            raise ConfigError("--slot-wait must not be negative, --body-timeout and --job-timeout must be above 0")
 
 
 @dataclass(frozen=True, slots=True)
 class OrchestratorConfig:
     """The local orchestrator; names follow the flags of the quickstart page.
 
-    ``capacity`` jobs run at once. ``max_body`` bytes bound a job's body. ``stall`` bounds, in seconds, the time in which
-    nothing of a job moves (a processor's whole thinking time, for one), not the job as a whole.
+    ``capacity`` jobs run at once. ``max_body`` bytes bound a job's body. ``stall`` bounds, in seconds, the time in
+    which nothing of a job moves (a processor's whole thinking time, for one), not the job as a whole.
     """
 
     host: str

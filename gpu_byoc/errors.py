@@ -9,6 +9,7 @@
     |  |- BadRequest                  client      400    the job
     |  |- BodyTimeout                 client      408    the job
     |  |- CorruptImage                client      422    the job
+    |  |- ExpectationFailed           client      417    the job
     |  |- NoCapability                client      400    the job
     |  |- TooLarge                    client      413    the job, before its body is read
     |  `- UnsupportedMedia            client      415    the job
@@ -109,6 +110,11 @@ class BodyTimeout(ClientError):
 class CorruptImage(ClientError):
     code = "corrupt_image"
     status = 422
+
+
+class ExpectationFailed(ClientError):
+    code = "expectation_failed"
+    status = 417
 
 
 class NoCapability(ClientError):

@@ -88,12 +88,20 @@ def _from_module(name: str) -> ModuleType:
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise PluginError(f"no such file: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"gpu_byoc_processor_{path.stem}"  # of its own, so that a file json.py does not become json
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickle look their module up by name
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        del sys.modules[name]
+        raise PluginError(f"{path} needs {error.name!r}, which is not installed") from error
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -195,10 +195,7 @@ async def _clip(console: Console, client: JobClient, output: Path) -> Result:
         console.print(f"  {info.frames} frames of {info.spec.width}x{info.spec.height}, {CONCURRENCY} jobs at once")
         with beside(video) as part, clips.ClipWriter(part, info.spec, info.rate) as clip:
             await _send_frames(client, path, info, clip, result)
-    if len(result.tally.latencies) != info.frames:
-        raise Mismatch(f"{len(result.tally.latencies)} frames came back of {info.frames}")
-    if result.wrong:
-        raise Mismatch(f"{len(result.wrong)} frames are not what numpy says, the first is number {result.wrong[0]}")
+            _check(result, info)
     pixels = sheet.before_after(result.shown)
     height, width, _ = pixels.shape
     picture.write_bytes(images.encode(memoryview(pixels.data), FrameSpec(width, height), images.PNG))
@@ -229,6 +226,14 @@ async def _send_frames(client: JobClient, path: Path, info: ClipInfo, clip: Clip
                         result.shown.append((frame, np.frombuffer(answer.body, np.uint8).reshape(frame.shape)))
                 progress.advance(task)
     result.seconds = time.perf_counter() - began
+
+
+def _check(result: Result, info: ClipInfo) -> None:
+    came = len(result.tally.latencies)
+    if came != info.frames:
+        raise Mismatch(f"{came} frames came back of {info.frames}")
+    if result.wrong:
+        raise Mismatch(f"{len(result.wrong)} frames are not what numpy says, the first is number {result.wrong[0]}")
 
 
 def tint(frame: Pixels) -> Pixels:

@@ -177,6 +177,8 @@ async def _run(given: argparse.Namespace, work: Work) -> None:
                     await in_thread(write, answer.body)
                     tally.add(answer)
                     progress.advance(task)
+            if not tally.latencies:
+                raise BadFrame(f"{given.input} has no frames")
     for line in summary(tally, time.perf_counter() - began):
         print(line)
 

@@ -5,19 +5,24 @@ Header fields: ADTS is ISO/IEC 13818-7 6.2, MPEG audio ISO/IEC 11172-3 2.4.1.3 a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final
+from typing import Any, Final
 
 import av
 import av.error
 from av.audio.codeccontext import AudioCodecContext
 from av.audio.fifo import AudioFifo
+from av.audio.format import AudioFormat
 from av.audio.frame import AudioFrame
+from av.audio.layout import AudioLayout
 from av.audio.resampler import AudioResampler
 
 from gpu_byoc.media.mpegts import CLOCK, AudioCodec
 
+PADDING: Final = 64
+"""Zeros behind what goes to a decoder; FFmpeg's bit readers look ahead."""
 OPUS_RATE: Final = 48_000
 _OPUS_FRAME: Final = 960  # samples, 20 ms: what the Opus encoder makes of one call
 _OPUS_BITS: Final = 64_000  # a second and channel; RFC 7587 3.1.1 recommends 48 to 128 kbit/s for music in stereo
@@ -86,16 +91,18 @@ class OpusTranscoder:
         self._resampler = AudioResampler("s16", layout, OPUS_RATE)
         self._fifo = AudioFifo()
         self._encoder = AudioCodecContext.create("libopus", "w")
-        self._encoder.sample_rate, self._encoder.layout, self._encoder.format = OPUS_RATE, layout, "s16"  # type: ignore[assignment]
+        self._encoder.sample_rate = OPUS_RATE
+        self._encoder.layout = AudioLayout(layout)
+        self._encoder.format = AudioFormat("s16")
         self._encoder.bit_rate = _OPUS_BITS * self.track.channels
-        self._encoder.time_base = Fraction(1, CLOCK)
-        self._start: int | None = None  # where the first sample of the Opus stream is, 90 kHz
-        self._taken = 0  # samples at 48 kHz given to the encoder or waiting in the FIFO
+        self._encoder.time_base = Fraction(1, OPUS_RATE)
+        self._start: int | None = None  # where the first sample is, 90 kHz
+        self._taken = 0  # samples from there to the end of what came in
+        self._given = 0  # samples from there to the end of what the encoder has
 
     def convert(self, packet: AudioPacket) -> list[AudioPacket]:
-        unit = av.Packet(packet.data)
         try:
-            frames = self._decoder.decode(unit)
+            frames = self._decoder.decode(av.Packet(padded(packet.data)))
         except av.error.MemoryError:
             raise
         except av.error.FFmpegError:
@@ -105,42 +112,63 @@ class OpusTranscoder:
         pts = packet.pts
         for frame in frames:
             done += self._add(frame, pts)
-            pts += frame.samples * CLOCK // (frame.sample_rate or OPUS_RATE)
+            pts += frame.samples * CLOCK // frame.sample_rate
         return done
 
     def flush(self) -> list[AudioPacket]:
-        """What was waiting for more, the last frame filled up with silence."""
+        """What was waiting for more samples; the encoder fills the last frame up."""
         if self._start is None:
             return []
-        rest = [frame for frame in (self._fifo.read(0, True),) if frame is not None and frame.samples]
-        done = self._encode([*rest, None])
+        for part in self._resampler.resample(None):
+            self._fifo.write(part)
+        done = self._encode(self._fifo.read_many(_OPUS_FRAME))
+        if rest := self._fifo.read(0, True):
+            done += self._encode([rest])
+        done += self._packets(self._encoder.encode(None))
         self._begin()
         return done
 
     def _add(self, frame: AudioFrame, pts: int) -> list[AudioPacket]:
         done: list[AudioPacket] = []
         if self._start is not None:
-            expected = self._start + self._taken * CLOCK // OPUS_RATE
-            if abs(pts - expected) > _OPUS_FRAME * CLOCK // OPUS_RATE:
+            expected = self._start + _ticks(self._taken)
+            if abs(pts - expected) > _ticks(_OPUS_FRAME):
                 done += self.flush()
         if self._start is None:
             self._start = pts
-        frame.pts = None  # the position is counted here, in samples
+        frame.pts = None  # time is counted here, in samples
+        self._taken += frame.samples * OPUS_RATE // frame.sample_rate
         for part in self._resampler.resample(frame):
-            self._taken += part.samples
             part.pts = None
             self._fifo.write(part)
         return done + self._encode(self._fifo.read_many(_OPUS_FRAME))
 
-    def _encode(self, frames: list[AudioFrame] | list[AudioFrame | None]) -> list[AudioPacket]:
+    def _encode(self, frames: list[AudioFrame]) -> list[AudioPacket]:
+        done: list[AudioPacket] = []
+        for frame in frames:
+            frame.pts, frame.time_base = self._given, Fraction(1, OPUS_RATE)
+            self._given += frame.samples
+            done += self._packets(self._encoder.encode(frame))
+        return done
+
+    def _packets(self, packets: Iterable[av.Packet[Any]]) -> list[AudioPacket]:
+        """The encoder's stamps say where a packet's first sample belongs, its own delay of 6.5 ms taken off."""
+        assert self._start is not None
         return [
-            replace_pts
-            for frame in frames
-            for replace_pts in map(self._packet, self._encoder.encode(frame))
+            AudioPacket(opus_unit(bytes(each)), self._start + _ticks(each.pts or 0), self.track) for each in packets
         ]
 
-    def _packet(self, packet: av.Packet) -> AudioPacket:  # type: ignore[type-arg]
-        raise NotImplementedError
+
+def _ticks(samples: int) -> int:
+    return samples * CLOCK // OPUS_RATE
 
 
-__all__ = ["AudioPacket", "AudioTrack", "OpusTranscoder", "replace", "track_of"]
+def padded(data: bytes | bytearray) -> memoryview:
+    """A copy with the zeros behind it that decoders may read (AV_INPUT_BUFFER_PADDING_SIZE)."""
+    return memoryview(bytes(data) + bytes(PADDING))[: len(data)]
+
+
+def opus_unit(packet: bytes) -> bytes:
+    """An Opus packet with the control header that it has in a transport stream: 11 bits of ones but one, its size."""
+    size = len(packet)
+    return b"\x7f\xe0" + b"\xff" * (size // 255) + bytes((size % 255,)) + packet

@@ -13,6 +13,9 @@ READ_BUFFER = 1 << 20
 """Bytes of a body that may wait to be read. One 640x480 RGB frame fits (921,600 bytes), so that reading is not paused
 and resumed several times within it."""
 
+BACKLOG = 1024
+"""Connections that may wait to be accepted: clients that come all at once are queued, not refused."""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening TCP socket; port 0 takes a free one.
@@ -22,7 +25,7 @@ def bind(host: str, port: int) -> socket.socket:
         ConfigError: the address is not one of this machine's.
     """
     try:
-        return socket.create_server((host, port), family=_family(host), backlog=1024, reuse_port=False)
+        return socket.create_server((host, port), family=_family(host), backlog=BACKLOG)
     except socket.gaierror as error:
         raise ConfigError(f"cannot listen on {host!r}: {error.strerror}") from error
     except OSError as error:
@@ -39,7 +42,7 @@ async def serve(app: web.Application, sock: socket.socket, shutdown: float) -> w
     )
     await runner.setup()
     try:
-        await web.SockSite(runner, sock).start()
+        await web.SockSite(runner, sock, backlog=BACKLOG).start()
     except BaseException:
         await runner.cleanup()
         raise

@@ -11,11 +11,12 @@ from aiohttp import hdrs, web
 
 from gpu_byoc._version import VERSION
 from gpu_byoc.config import ServeConfig
+from gpu_byoc.engine.device import Outcome
 from gpu_byoc.engine.engine import Engine
-from gpu_byoc.errors import Draining, GpuByocError, NotReady, TooLarge
+from gpu_byoc.errors import Draining, ExpectationFailed, GpuByocError, NotReady, TooLarge
 from gpu_byoc.processor import Processor
 from gpu_byoc.worker import jobs, telemetry
-from gpu_byoc.worker.bodies import http_error
+from gpu_byoc.worker.bodies import Budget, http_error
 
 log = logging.getLogger("gpu_byoc.worker")
 
@@ -36,6 +37,7 @@ class Worker:
         self.degraded: list[str] = []
         self.draining = False
         self.active = 0
+        self.budget = Budget(config.max_collected)
         self.quiet = asyncio.Event()  # set when the last job ends while draining
         self.began = time.monotonic()
         self.metrics = telemetry.Metrics(self)
@@ -46,7 +48,12 @@ class Worker:
             return "LOADING"
         if self.engine.fatal is not None or not (self.engine.alive or self.draining):
             return "ERROR"
-        return "OK" if self.active else "IDLE"
+        return "OK" if self.active or self.engine.busy else "IDLE"
+
+    @property
+    def accepts(self) -> bool:
+        """Whether a job that comes now has a chance."""
+        return self.state in ("IDLE", "OK") and not self.draining
 
     def ready_engine(self) -> Engine:
         """Raises NotReady while the processor loads."""
@@ -91,15 +98,21 @@ class Worker:
 
     async def _expect(self, request: web.Request) -> web.StreamResponse | None:
         """``Expect: 100-continue``: a body that will be refused is not asked for."""
-        if (request.content_length or 0) > self.config.max_body:
-            return http_error(
-                TooLarge(f"a body of {request.content_length} bytes; the limit is {self.config.max_body}")
-            )
         if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
-            raise web.HTTPExpectationFailed
+            return self._refuse(ExpectationFailed("only Expect: 100-continue is understood"))
+        if (request.content_length or 0) > self.config.max_body:
+            return self._refuse(
+                TooLarge(
+                    f"a body of {request.content_length} bytes; the limit is {self.config.max_body} (--max-body-mb)"
+                )
+            )
         if request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return None
+
+    def _refuse(self, error: GpuByocError) -> web.Response:
+        self.metrics.errors.labels(error.code).inc()
+        return http_error(error, jobs.headers(self, Outcome(None), 0))
 
     async def _health(self, request: web.Request) -> web.Response:
         """``{"status": ...}``. 503 only when waiting or a restart is the right reaction: LOADING and ERROR."""
@@ -112,32 +125,25 @@ class Worker:
         )
 
     def _version(self) -> dict[str, str]:
-        return {"pipeline": "byoc", "model_id": self.config.capability, "version": VERSION}
+        return {"pipeline": self.config.pipeline, "model_id": self.config.capability, "version": VERSION}
 
     @web.middleware
     async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
         except GpuByocError as error:
-            self.metrics.errors.labels(error.code).inc()
-            return http_error(error)
+            return self._refuse(error)
         except web.HTTPException as error:
-            return web.json_response(
-                {
-                    "status": "error",
-                    "error": error.reason.lower().replace(" ", "_"),
-                    "message": f"{error.status} {request.path}",
-                },
-                status=error.status,
-                headers={key: value for key, value in error.headers.items() if key == hdrs.ALLOW},
-            )
+            code = error.reason.lower().replace(" ", "_")
+            body = {"status": "error", "error": code, "message": f"{request.method} {request.path}: {error.reason}"}
+            allow = {name: value for name, value in error.headers.items() if name == hdrs.ALLOW}
+            return web.json_response(body, status=error.status, headers=allow)
         except (ConnectionError, asyncio.CancelledError):  # aiohttp cancels the handler of a client that went away
-            self.metrics.errors.labels("client_gone").inc()
+            self.metrics.errors.labels("cut_off" if self.draining else "client_gone").inc()
             raise
         except Exception:  # a bug of ours: the caller gets no internals, the log gets everything
-            self.metrics.errors.labels("internal").inc()
             log.exception("%s %s failed", request.method, request.path)
-            return http_error(GpuByocError("internal error; the worker's log says more"))
+            return self._refuse(GpuByocError("internal error; the worker's log says more"))
 
 
 def _json(read: Callable[[], object]) -> Handler:

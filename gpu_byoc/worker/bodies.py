@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from aiohttp import web
 from aiohttp.client_exceptions import ClientError, ClientPayloadError
+from aiohttp.web_protocol import RequestPayloadError
 
-from gpu_byoc.errors import BadFrame, BodyTimeout, GpuByocError, TooLarge
+from gpu_byoc.errors import BadFrame, BodyTimeout, GpuByocError, Overloaded, TooLarge
+
+MIN_RATE = 16 * 1024
+"""Bytes a second below which a body or an answer counts as stalled: it holds slots that others could use. A 640x480
+frame then holds its slot for a minute at most; the slowest links in use today carry more."""
 
 
 class Watch:
-    """Calls ``stalled`` once if ``progress()`` has stayed the same for ``seconds``; ends with the ``with`` block.
+    """Calls ``stalled`` once when ``progress()`` (in bytes) grew by less than ``MIN_RATE`` over ``seconds``.
 
-    One timer for a whole body instead of one for each chunk.
+    One timer for a whole body instead of one for each chunk; it ends with the ``with`` block.
     """
 
     def __init__(self, seconds: float, progress: Callable[[], int], stalled: Callable[[], None]) -> None:
@@ -37,11 +43,46 @@ class Watch:
 
     def _look(self) -> None:
         now = self._progress()
-        if now == self._before:
+        if now - self._before < MIN_RATE * self._seconds:
             self._stalled()
             return
         self._before = now
         self._timer = self._loop.call_later(self._seconds, self._look)
+
+
+class Budget:
+    """Bytes of bodies that are collected outside slots, all requests together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def take(self, count: int) -> None:
+        """Raises Overloaded; then nothing was taken."""
+        if self.used + count > self.limit:
+            raise Overloaded(f"{self.used} bytes of other jobs' bodies are being collected; try again")
+        self.used += count
+
+    def give(self, count: int) -> None:
+        self.used -= count
+
+
+async def _chunks(request: web.Request, seconds: float, progress: Callable[[], int]) -> AsyncGenerator[bytes, None]:
+    """The body as it comes, none joined with another. Raises BodyTimeout and BadFrame."""
+    content = request.content
+    try:
+        async with asyncio.timeout(None) as limit:
+            with Watch(seconds, progress, lambda: limit.reschedule(0)):
+                while True:
+                    chunk, _ = await content.readchunk()
+                    if chunk:
+                        yield chunk
+                    elif content.at_eof():
+                        return
+    except TimeoutError as error:
+        raise BodyTimeout(f"less than {MIN_RATE} bytes/s of the body for {seconds:g} s, after {progress()}") from error
+    except (ClientPayloadError, RequestPayloadError) as error:
+        raise BadFrame(f"the body broke off after {progress()} bytes: {error}") from error
 
 
 async def read_into(request: web.Request, views: Sequence[memoryview], seconds: float) -> None:
@@ -49,54 +90,48 @@ async def read_into(request: web.Request, views: Sequence[memoryview], seconds: 
 
     Raises:
         BadFrame: the body ended early, or has more bytes than the views.
-        BodyTimeout: nothing came for ``seconds``.
+        BodyTimeout: too little came in ``seconds``.
     """
-    at, size, content = 0, sum(view.nbytes for view in views), request.content
+    at, size = 0, sum(view.nbytes for view in views)
     place = iter(views)
     view, used = next(place), 0
-
-    def stalled() -> None:
-        content.set_exception(BodyTimeout(f"no more of the body for {seconds:g} s, after {at} of {size} bytes"))
-
-    try:
-        with Watch(seconds, lambda: at, stalled):
-            while chunk := await content.readany():
-                at += len(chunk)
-                if at > size:
-                    raise BadFrame(f"the body is longer than the {size} bytes it announced")
-                rest = memoryview(chunk)
-                while rest:
-                    step = min(len(rest), view.nbytes - used)
-                    view[used : used + step] = rest[:step]
-                    rest, used = rest[step:], used + step
-                    if (used == view.nbytes and at < size) or rest:
-                        view, used = next(place), 0
-    except ClientPayloadError as error:
-        raise BadFrame(f"the body ended after {at} of {size} bytes: {error}") from error
+    async with contextlib.aclosing(_chunks(request, seconds, lambda: at)) as chunks:
+        async for chunk in chunks:
+            at += len(chunk)
+            if at > size:
+                raise BadFrame(f"the body is longer than the {size} bytes it announced")
+            rest = memoryview(chunk)
+            while rest:
+                if used == view.nbytes:
+                    view, used = next(place), 0
+                step = min(len(rest), view.nbytes - used)
+                view[used : used + step] = rest[:step]
+                rest, used = rest[step:], used + step
     if at < size:
         raise BadFrame(f"the body ended after {at} of {size} bytes")
 
 
-async def read_all(request: web.Request, limit: int, seconds: float) -> bytearray:
+async def read_all(request: web.Request, limit: int, seconds: float, budget: Budget) -> bytearray:
     """The whole body, at most ``limit`` bytes: for what must be parsed before its size in slots is known.
+
+    The caller gives ``len`` of the result back to the budget.
 
     Raises:
         TooLarge: more than ``limit``; the rest is not read.
-        BodyTimeout: nothing came for ``seconds``.
+        Overloaded: the budget is used up.
+        BodyTimeout: too little came in ``seconds``.
     """
-    body, content = bytearray(), request.content
-
-    def stalled() -> None:
-        content.set_exception(BodyTimeout(f"no more of the body for {seconds:g} s, after {len(body)} bytes"))
-
+    body = bytearray()
     try:
-        with Watch(seconds, lambda: len(body), stalled):
-            while chunk := await content.readany():
+        async with contextlib.aclosing(_chunks(request, seconds, lambda: len(body))) as chunks:
+            async for chunk in chunks:
+                if len(body) + len(chunk) > limit:
+                    raise TooLarge(f"the body is larger than the limit of {limit} bytes (--max-body-mb)")
+                budget.take(len(chunk))
                 body += chunk
-                if len(body) > limit:
-                    raise TooLarge(f"the body is larger than the limit of {limit} bytes")
-    except ClientPayloadError as error:
-        raise BadFrame(f"the body ended after {len(body)} bytes: {error}") from error
+    except BaseException:
+        budget.give(len(body))
+        raise
     return body
 
 
@@ -109,7 +144,7 @@ async def write_from(
     not mean that a slot may be used again. With the high-water mark at zero, ``drain`` waits for an empty buffer.
 
     Raises:
-        ConnectionError: the client is gone, or took nothing for ``seconds`` and was cut off.
+        ConnectionError: the client is gone, or took too little in ``seconds`` and was cut off.
     """
     response.content_length = sum(view.nbytes for view in views)
     writer, transport = await response.prepare(request), request.transport
@@ -117,7 +152,7 @@ async def write_from(
         raise ConnectionResetError("the client is gone")
     transport.set_write_buffer_limits(high=0)
     try:
-        with Watch(seconds, transport.get_write_buffer_size, transport.abort):
+        with Watch(seconds, lambda: -transport.get_write_buffer_size(), transport.abort):
             for view in views:
                 await response.write(view)
             await writer.drain()
@@ -129,9 +164,11 @@ async def write_from(
         raise
 
 
-def http_error(error: GpuByocError) -> web.Response:
+def http_error(error: GpuByocError, headers: Mapping[str, str] | None = None) -> web.Response:
     """The answer for a typed error."""
-    response = web.json_response(error.body(), status=error.status)
+    response = web.json_response(error.body(), status=error.status, headers=headers)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, BodyTimeout):
+        response.force_close()  # the rest of that body is not waited for
     return response

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from aiohttp import web
 
 from gpu_byoc.engine.device import Outcome
 from gpu_byoc.engine.engine import Lease
-from gpu_byoc.errors import BadFrame, BadRequest, GpuByocError, Overloaded, TooLarge, UnsupportedMedia
+from gpu_byoc.errors import BadFrame, BadRequest, GpuByocError, ProcessorTimeout, TooLarge, UnsupportedMedia
 from gpu_byoc.frames import MAX_SIDE, FrameSpec
 from gpu_byoc.processor import parse_params, pixel_format
 from gpu_byoc.worker.bodies import read_all, read_into, write_from
@@ -41,10 +40,16 @@ STREAM = "jobs"
 
 @lru_cache(maxsize=256)
 def parse_content_type(header: str) -> tuple[str, Mapping[str, str]]:
-    """``type/subtype`` in lower case, and the parameters: ``image/png; a=1`` -> ("image/png", {"a": "1"})."""
+    """``type/subtype`` in lower case, and the parameters: ``image/png; a=1`` -> ("image/png", {"a": "1"}).
+
+    Raises:
+        BadRequest: a parameter in the encoded form of RFC 2231, which nobody needs here.
+    """
     message = Message()
     message["Content-Type"] = header
     pairs = message.get_params(failobj=[("", "")])
+    if not all(isinstance(value, str) for _, value in pairs):
+        raise BadRequest(f"Content-Type {header!r:.100}: parameters in the form name*=... are not understood")
     return message.get_content_type() if "/" in header else header.lower(), dict(pairs[1:])
 
 
@@ -59,38 +64,57 @@ class Job:
 
 async def handle(worker: Worker, request: web.Request) -> web.StreamResponse:
     """``POST`` of a frame job. Typed errors are answered by the middleware."""
+    began = time.monotonic()
     length = request.content_length
     if length is not None and length > worker.config.max_body:
-        raise TooLarge(f"a body of {length} bytes; the limit is {worker.config.max_body} (--max-body)")
+        raise TooLarge(f"a body of {length} bytes; the limit is {worker.config.max_body} (--max-body-mb)")
     if not request.body_exists or length == 0:
-        return web.Response(headers={"X-Metadata": json.dumps({"frames": 0})})  # a keep-alive
+        return _keep_alive(worker)
     media, fields = parse_content_type(request.headers.get("Content-Type", RAW))
-    if media == RAW:
-        return await _raw(worker, request, fields, length)
-    if media in IMAGES:
-        data = await read_all(request, worker.config.max_body, worker.config.body_timeout)
-        params = parse_params(worker.processor, fields)
-        image, outcome = await _image(worker, data, media, params)
-        return web.Response(body=image, content_type=media, headers=_headers(worker, outcome, 1))
-    if media == JSON:
-        return await _json(worker, request)
-    raise UnsupportedMedia(f"Content-Type {media!r}; this worker takes {RAW}, {', '.join(IMAGES)} and {JSON}")
+    if media == RAW and length is not None:
+        response = await _raw(worker, request, parse_raw(worker, request.headers, fields, length), None)
+    else:
+        response = await _collected(worker, request, media, fields)
+    worker.metrics.latency.observe((time.monotonic() - began) * 1e3)
+    return response
+
+
+def _keep_alive(worker: Worker) -> web.Response:
+    return web.Response(headers=headers(worker, Outcome(None), 0))
+
+
+async def _collected(worker: Worker, request: web.Request, media: str, fields: Mapping[str, str]) -> web.StreamResponse:
+    """What must be there as a whole before slots can be leased: images, JSON, raw bodies of unknown length."""
+    if media not in (RAW, JSON, *IMAGES):
+        raise UnsupportedMedia(f"Content-Type {media!r}; this worker takes {RAW}, {', '.join(IMAGES)} and {JSON}")
+    config = worker.config
+    body = await read_all(request, config.max_body, config.body_timeout, worker.budget)
+    try:
+        if not body:
+            return _keep_alive(worker)
+        if media == RAW:
+            return await _raw(worker, request, parse_raw(worker, request.headers, fields, len(body)), body)
+        if media == JSON:
+            return await _json(worker, request, body)
+        image, outcome = await _image(worker, body, media, parse_params(worker.processor, fields))
+        return await _answer(worker, request, image, media, outcome)
+    finally:
+        worker.budget.give(len(body))
+
+
+async def _answer(
+    worker: Worker, request: web.Request, body: bytes, media: str, outcome: Outcome
+) -> web.StreamResponse:
+    response = web.StreamResponse(headers=headers(worker, outcome, 1))
+    response.content_type = media
+    await write_from(request, response, [memoryview(body)], worker.config.body_timeout)
+    return response
 
 
 # --- raw pixels
 
 
-async def _raw(
-    worker: Worker, request: web.Request, fields: Mapping[str, str], length: int | None
-) -> web.StreamResponse:
-    body = None
-    if length is None:  # chunked: how many slots it needs is known only at its end
-        body = await read_all(request, worker.config.max_body, worker.config.body_timeout)
-        length = len(body)
-        if not length:
-            return web.Response(headers={"X-Metadata": json.dumps({"frames": 0})})
-    job = parse_raw(worker, request.headers, fields, length)
-    began = time.monotonic()
+async def _raw(worker: Worker, request: web.Request, job: Job, body: bytearray | None) -> web.StreamResponse:
     lease = await _lease(worker, job)
     try:
         views = lease.views
@@ -101,13 +125,12 @@ async def _raw(
             for view in views:
                 view[:] = memoryview(body)[at : at + view.nbytes]
                 at += view.nbytes
-        outcome = await _run(lease, job)
-        response = web.StreamResponse(headers=_headers(worker, outcome, job.frames))
+        outcome = await _run(worker, lease, job)
+        response = web.StreamResponse(headers=headers(worker, outcome, job.frames))
         response.content_type = RAW
         await write_from(request, response, views, worker.config.body_timeout)
     finally:
         lease.release()
-    worker.metrics.latency.observe((time.monotonic() - began) * 1e3)
     return response
 
 
@@ -130,12 +153,12 @@ def parse_raw(worker: Worker, headers: Mapping[str, str], fields: Mapping[str, s
         FrameSpec(1, 1, kind)  # an unknown name is said to be unknown
         raise BadFrame(f"frames are {kind}, the processor takes {wanted}; convert them first")
     if given["width"] is None and given["height"] is None:
+        size = FrameSpec(1, 1, kind).nbytes
         if wanted is None:
             spec = FrameSpec(length, 1, "gray")  # a FrameProcessor takes any bytes
+        elif length % size:
+            raise BadFrame(f"{length} bytes are no whole number of {kind} pixels of {size} bytes")
         else:
-            size = FrameSpec(1, 1, kind).nbytes
-            if length % size:
-                raise BadFrame(f"{length} bytes are no whole number of {kind} pixels of {size} bytes")
             spec = FrameSpec(length // size, 1, kind)
     else:
         spec = FrameSpec(_side("width", given["width"]), _side("height", given["height"]), kind)
@@ -162,25 +185,40 @@ async def _image(worker: Worker, data: bytearray | bytes, media: str, params: An
     if (wanted := pixel_format(worker.processor)) not in (None, "rgb24"):
         raise UnsupportedMedia(f"the processor takes {wanted}, images are rgb24; send raw frames")
     spec = images.probe(data, media, worker.config.max_pixels)
-    began = time.monotonic()
-    lease = await _lease(worker, Job(spec, 1, params))
+    job = Job(spec, 1, params)
+    lease = await _lease(worker, job)
     try:
         (view,) = lease.views
         await _in_thread(lambda: images.decode_into(data, spec, view, media))
-        outcome = await _run(lease, Job(spec, 1, params))
-        encoded = await _in_thread(lambda: images.encode(view, spec, media))
+        outcome = await _run(worker, lease, job)
+        return await _in_thread(lambda: images.encode(view, spec, media)), outcome
     finally:
         lease.release()
-    worker.metrics.latency.observe((time.monotonic() - began) * 1e3)
-    return encoded, outcome
 
 
-async def _json(worker: Worker, request: web.Request) -> web.Response:
+async def _json(worker: Worker, request: web.Request, text: bytearray) -> web.StreamResponse:
     """``{"image": base64 or data URL, "params": {...}}``, answered with the same two spellings."""
-    text = await read_all(request, worker.config.max_body, worker.config.body_timeout)
+    data, given, is_url = await _in_thread(lambda: parse_json(text))
+    media = _sniff(data)
+    image, outcome = await _image(worker, data, media, parse_params(worker.processor, given))
+
+    def write() -> bytes:
+        encoded = base64.b64encode(image).decode()
+        answer = {
+            "status": "success",
+            "image": f"data:{media};base64,{encoded}" if is_url else encoded,
+            "metadata": metadata(worker, outcome, 1),
+        }
+        return json.dumps(answer).encode()
+
+    return await _answer(worker, request, await _in_thread(write), JSON, outcome)
+
+
+def parse_json(text: bytes | bytearray) -> tuple[bytes, dict[str, Any], bool]:
+    """(image file, params, whether the image came as a data URL). Raises BadRequest."""
     try:
         body = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict) or not isinstance(body.get("image"), str):
         raise BadRequest('expected {"image": "<base64 or data URL>", "params": {...}}')
@@ -189,18 +227,9 @@ async def _json(worker: Worker, request: web.Request) -> web.Response:
         raise BadRequest("params must be an object")
     _, comma, payload = body["image"].rpartition(",")
     try:
-        data = base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
+        return base64.b64decode(payload, validate=True), given, bool(comma)
+    except ValueError as error:
         raise BadRequest(f"image is not base64: {error}") from error
-    media = _sniff(data)
-    image, outcome = await _image(worker, data, media, parse_params(worker.processor, given))
-    encoded = base64.b64encode(image).decode()
-    answer = {
-        "status": "success",
-        "image": f"data:{media};base64,{encoded}" if comma else encoded,
-        "metadata": _metadata(worker, outcome, 1),
-    }
-    return web.json_response(answer, headers=_headers(worker, outcome, 1))
 
 
 def _sniff(data: bytes) -> str:
@@ -233,20 +262,21 @@ async def _lease(worker: Worker, job: Job) -> Lease:
     lease = worker.ready_engine().lease(job.spec, job.frames, tell)
     if lease.granted:
         return lease
+    # Slots of a new frame size are ours at once, but their memory may still have to be made and even pinned.
+    patience = worker.config.job_timeout if lease.held else worker.config.slot_wait
     try:
-        async with asyncio.timeout(worker.config.slot_wait):
+        async with asyncio.timeout(patience):
             await ready
     except TimeoutError:
         lease.release()
-        worker.ready_engine().refused += 1
-        raise Overloaded(f"no slot became free within {worker.config.slot_wait:g} s; try again later") from None
+        raise worker.ready_engine().refuse(f"no slot became free within {patience:g} s; try again later") from None
     except BaseException:
         lease.release()
         raise
     return lease
 
 
-async def _run(lease: Lease, job: Job) -> Outcome:
+async def _run(worker: Worker, lease: Lease, job: Job) -> Outcome:
     """Submit and wait for the outcome; what failed is raised. Cancelled: the caller releases, the work is dropped."""
     loop = asyncio.get_running_loop()
     finished: asyncio.Future[Outcome] = loop.create_future()
@@ -260,7 +290,12 @@ async def _run(lease: Lease, job: Job) -> Outcome:
 
     # Jobs have no order among themselves, but those that can share a batch stand in one line.
     lease.submit(STREAM, job.params, done, order=(STREAM, job.spec, job.params))
-    outcome = await finished
+    seconds = worker.config.job_timeout
+    try:
+        async with asyncio.timeout(seconds):
+            outcome = await finished
+    except TimeoutError:
+        raise ProcessorTimeout(f"no result within {seconds:g} s (--job-timeout)") from None
     if outcome.error is not None:
         raise outcome.error
     return outcome
@@ -283,11 +318,11 @@ async def _in_thread(work: Callable[[], T]) -> T:
 # --- what every answer carries
 
 
-def _metadata(worker: Worker, outcome: Outcome, frames: int) -> dict[str, Any]:
-    backend = worker.ready_engine().backend
+def metadata(worker: Worker, outcome: Outcome, frames: int) -> dict[str, Any]:
+    backend = worker.engine.backend if worker.engine else None
     return {
-        "backend": backend.name,
-        "device": backend.device,
+        "backend": backend.name if backend else None,
+        "device": backend.device if backend else None,
         "frames": frames,
         "batch": outcome.batch,
         "queue_seconds": outcome.queue_ns / 1e9,
@@ -296,9 +331,10 @@ def _metadata(worker: Worker, outcome: Outcome, frames: int) -> dict[str, Any]:
     }
 
 
-def _headers(worker: Worker, outcome: Outcome, frames: int) -> dict[str, str]:
+def headers(worker: Worker, outcome: Outcome, frames: int) -> dict[str, str]:
+    """``X-Metadata`` and ``Server-Timing``; an answer without frames has them with zeros."""
     timing = (("queue", outcome.queue_ns), ("copy", outcome.copy_ns), ("compute", outcome.compute_ns))
     return {
-        "X-Metadata": json.dumps(_metadata(worker, outcome, frames)),
+        "X-Metadata": json.dumps(metadata(worker, outcome, frames)),
         "Server-Timing": ", ".join(f"{name};dur={ns / 1e6:.3f}" for name, ns in timing),
     }

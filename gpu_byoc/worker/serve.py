@@ -45,7 +45,11 @@ async def run_processor(processor: Processor, port: int = 8000, host: str = "0.0
         SystemExit: the device was lost and only a restart helps.
     """
     _page_format()
-    code = await run(replace(ServeConfig(host=host, port=port, **options), **_overrides), processor)
+    config = ServeConfig(host=host, port=port, **options)
+    changes = dict(_overrides)
+    if engine := changes.pop("engine", None):
+        changes["engine"] = replace(config.engine, **engine)
+    code = await run(replace(config, **changes), processor)
     if code:
         raise SystemExit(code)
 

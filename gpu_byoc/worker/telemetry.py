@@ -61,15 +61,16 @@ def status(worker: Worker) -> dict[str, Any]:
     state = worker.state
     error = worker.engine.fatal if worker.engine else None
     rows, totals, device = worker.engine.usage() if worker.engine else ([], {}, Usage())
+    last = worker.engine.now() // SECOND - 1 if worker.engine else None
     return {
         "status": state,
         "state": state,
         "error_message": str(error) if error else None,
-        "pipeline_ready": state in ("IDLE", "OK"),
+        "pipeline_ready": worker.accepts,
         "active_streams": 0,
         "startup_complete": worker.engine is not None,
         "pipeline_state": state,
-        "additional_info": {},
+        "additional_info": {"draining": worker.draining},
         "client_active": worker.active > 0,
         "active_jobs": worker.active,
         "uptime_seconds": time.monotonic() - worker.began,
@@ -79,12 +80,8 @@ def status(worker: Worker) -> dict[str, Any]:
         "slots": worker.engine.rooms() if worker.engine else [],
         "waiting_frames": worker.engine.batcher.waiting if worker.engine else 0,
         "compute": {"totals": {name: usage_row(usage) for name, usage in totals.items()}, "device": usage_row(device)},
-        "last_second": [usage_row(usage) | {"name": name} for second, name, usage in rows if second == _last(rows)],
+        "last_second": [usage_row(usage) | {"name": name} for second, name, usage in rows if second == last],
     }
-
-
-def _last(rows: list[tuple[int, str, Usage]]) -> int | None:
-    return rows[-1][0] if rows else None
 
 
 def hardware(worker: Worker, key: str) -> dict[str, Any]:
@@ -92,8 +89,14 @@ def hardware(worker: Worker, key: str) -> dict[str, Any]:
 
     GPUs are keyed by index as a string; the map is empty on a CPU host. ``backend`` tells what is really in use.
     """
-    gpus: Mapping[str, Any] = backend_report(worker).get(key, {})
-    return {"pipeline": "byoc", "model_id": worker.config.capability, key: gpus, "backend": backend_report(worker)}
+    backend = backend_report(worker)
+    gpus: Mapping[str, Any] = backend.get(key, {})
+    return {
+        "pipeline": worker.config.pipeline,
+        "model_id": worker.config.capability,
+        key: gpus,
+        "backend": {name: backend[name] for name in ("name", "device", "degraded")},
+    }
 
 
 class Metrics:
@@ -102,7 +105,10 @@ class Metrics:
     def __init__(self, worker: Worker) -> None:
         self.registry = CollectorRegistry()
         self.latency = Histogram(
-            "byoc_frame_latency_ms", "From a job's first byte to its last", buckets=LATENCY_MS, registry=self.registry
+            "byoc_frame_latency_ms",
+            "A job from the head of its request to the end of its answer",
+            buckets=LATENCY_MS,
+            registry=self.registry,
         )
         self.errors = Counter("byoc_errors_total", "Errors by type", ["type"], registry=self.registry)
         sessions = Gauge("byoc_sessions_active", "Jobs and streams in the house", registry=self.registry)

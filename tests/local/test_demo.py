@@ -19,7 +19,7 @@ import pytest
 
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.local import demo, demo_network, sheet
-from gpu_byoc.local.children import Child, Children
+from gpu_byoc.local.children import Child, Children, pick_ports
 from gpu_byoc.media import clips, images
 
 COMMAND = (sys.executable, "-u", "-m", "gpu_byoc", "demo", "--free-ports", "--backend", "numpy")
@@ -183,7 +183,7 @@ def test_a_page_port_that_is_taken_is_replaced_and_said(tmp_path: Path, monkeypa
             commands[name] = list(command)
             return super().start(name, (sys.executable, "-c", "pass"))
 
-    wanted = demo_network.pick_ports([0] * 5)
+    wanted = pick_ports([0] * 5)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         wanted[3] = taken.getsockname()[1]
 

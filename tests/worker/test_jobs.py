@@ -151,6 +151,8 @@ async def test_an_empty_body_is_a_keep_alive() -> None:
         ({}, 300_003, 413, "too_large", "--max-body"),
         ({"Content_Type": "image/png"}, 300, 422, "corrupt_image", ""),
         ({"Content_Type": "application/json"}, 300, 400, "bad_request", "not JSON"),
+        ({"Content_Type": "application/octet-stream; boost=1e999"}, 300, 422, "bad_params", "expected int"),
+        ({"Content_Type": "application/octet-stream; width*=utf-8''16"}, 300, 400, "bad_request", "not understood"),
     ],
 )
 def test_bad_input_is_refused_clearly_and_the_next_job_works(
@@ -159,11 +161,13 @@ def test_bad_input_is_refused_clearly_and_the_next_job_works(
     @asynchronous
     async def go() -> None:
         async with running(GreenTint(), max_body=300_000) as r:
-            got, _, body = await r.post(noise(size), **headers)
+            got, sent, body = await r.post(noise(size), **headers)
             assert got == status
             answer = error(body)
             assert answer["error"] == code
             assert says in answer["message"]
+            assert json.loads(sent["X-Metadata"])["frames"] == 0, "also an error says what it cost"
+            assert sent["Server-Timing"].startswith("queue;dur=0")
             if code == "bad_params":
                 assert answer["field"] in ("boost", "bost")
             assert (await r.post(bytes(30)))[0] == 200
@@ -278,6 +282,84 @@ async def test_a_reader_that_never_reads_is_cut_off() -> None:
         await r.until(lambda: r.worker.active == 0 and r.free() == 0)
         stuck.close()
         assert 'type="client_gone"} 1.0' in r.worker.metrics.text().decode()
+
+
+@asynchronous
+async def test_a_picture_nobody_reads_is_cut_off_too() -> None:
+    from gpu_byoc.frames import FrameSpec
+    from gpu_byoc.media import images
+
+    spec = FrameSpec(3000, 2000)
+    png = images.encode(memoryview(bytearray(noise(spec.nbytes))), spec, "image/png")
+    async with running(GreenTint(), body_timeout=1.0) as r:
+        r.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        stuck = socket.socket()
+        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stuck.connect(("127.0.0.1", r.port))
+        head = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(png)}\r\n\r\n"
+        await asyncio.to_thread(stuck.sendall, head.encode() + png)
+        await r.until(lambda: 'type="client_gone"} 1.0' in r.worker.metrics.text().decode())
+        stuck.close()
+        assert r.worker.active == 0
+        assert r.worker.budget.used == 0
+
+
+@asynchronous
+async def test_a_body_that_only_drips_is_given_up() -> None:
+    async with running(GreenTint(), EngineConfig(slots=1, max_batch=1), body_timeout=0.2) as r:
+        reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\n")
+        answer = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
+        for _ in range(600):
+            if answer.done():
+                break
+            writer.write(b"x")
+            await asyncio.wait([answer], timeout=0.05)
+        assert (await answer).startswith(b"HTTP/1.1 408")
+        writer.close()
+        await writer.wait_closed()
+        assert (await r.post(bytes(300)))[0] == 200
+
+
+@asynchronous
+async def test_bodies_that_are_collected_share_a_budget() -> None:
+    async with running(GreenTint(), max_collected=1000) as r:
+        _, writer = await asyncio.open_connection("127.0.0.1", r.port)
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n320\r\n" + bytes(800) + b"\r\n")
+        await r.until(lambda: r.worker.budget.used == 800)
+        status, headers, body = await r.post(bytes(300), Content_Type="image/png")
+        assert status == 503
+        assert "Retry-After" in headers
+        assert error(body)["error"] == "overloaded"
+        writer.close()
+        await writer.wait_closed()
+        await r.until(lambda: r.worker.budget.used == 0)
+
+
+@asynchronous
+async def test_a_processor_that_does_not_answer_is_a_timeout() -> None:
+    processor = Slow()
+    async with running(processor, job_timeout=0.1) as r:
+        status, _, body = await r.post(bytes(300))
+        assert status == 504
+        assert error(body)["error"] == "processor_timeout"
+        assert await r.get("/health") == {"status": "OK"}, "the device is still busy with it"
+        processor.gate.set()
+        await r.until(lambda: r.free() == 0)
+        assert await r.get("/health") == {"status": "IDLE"}
+
+
+@asynchronous
+async def test_a_new_frame_size_waits_for_its_memory_not_for_slots() -> None:
+    processor = Slow()
+    async with running(processor, slot_wait=0.01) as r:
+        first = asyncio.create_task(r.post(bytes(300)))
+        await r.until(lambda: processor.seen == 1)
+        other = asyncio.create_task(r.post(bytes(600)))
+        await r.until(lambda: r.worker.active == 2)
+        await asyncio.wait([other], timeout=0.05)
+        processor.gate.set()
+        assert (await first)[0] == (await other)[0] == 200
 
 
 @asynchronous
@@ -415,6 +497,9 @@ async def test_images_come_back_as_what_they_were() -> None:
         (b'{"image": "AAAA"}', 415, "neither"),
         (b'{"image": "AAAA", "params": 3}', 400, "params"),
         (b"\xff", 400, "JSON"),
+        ('{"image": "\u00e9"}'.encode(), 400, "base64"),
+        (b"[" * 200_000, 400, "JSON"),
+        (b'{"image": ' + b"1" * 5000 + b"}", 400, "JSON"),
     ],
 )
 def test_bad_json(body: bytes, status: int, says: str) -> None:
@@ -426,6 +511,19 @@ def test_bad_json(body: bytes, status: int, says: str) -> None:
             assert says in error(answer)["message"]
 
     go()
+
+
+@asynchronous
+async def test_a_frame_processor_takes_any_bytes_but_no_unknown_format() -> None:
+    class Same(FrameProcessor):
+        async def process(self, frame: bytes) -> bytes:
+            return frame
+
+    async with running(Same()) as r:
+        assert (await r.post(b"12345"))[2] == b"12345"
+        status, _, body = await r.post(b"12345", Content_Type="application/octet-stream; format=yuv9")
+        assert status == 400
+        assert "yuv9" in error(body)["message"]
 
 
 @asynchronous

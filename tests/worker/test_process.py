@@ -156,6 +156,10 @@ def test_a_taken_port_names_its_owner() -> None:
         (("--processor", "/no/such/file.py"), "no such file"),
         (("--max-batch", "9", "--slots", "3"), "--max-batch 9 is more than --slots 3"),
         (("--host", "256.1.1.1"), "cannot listen"),
+        (("--port", "99999"), "--port 99999 is not a port"),
+        (("--slot-wait", "-1"), "--slot-wait must not be negative"),
+        (("--port", "abc"), "invalid int value"),
+        (("--log-level", "loud"), "--log-level 'loud'"),
     ],
 )
 def test_what_cannot_work_is_one_clear_line(arguments: tuple[str, ...], says: str) -> None:
@@ -188,3 +192,58 @@ def test_the_environment_configures_and_a_flag_wins() -> None:
         worker.wait_for("listening")
         assert get(port, "/version")[1]["model_id"] == "from-env"
         assert worker.end() == 0
+
+
+def test_a_variable_is_checked_like_its_flag() -> None:
+    with running("serve", "--host", "127.0.0.1", env={"GPU_BYOC_PORT": "abc"}) as worker:
+        worker.wait_for("invalid int value: 'abc'")
+        assert worker.popen.wait(30) == 2
+
+
+def test_run_keeps_what_the_file_says_unless_a_flag_says_otherwise(tmp_path: Path) -> None:
+    port = free_port()
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import asyncio\n"
+        "from gpu_byoc import FrameProcessor, run_processor\n"
+        "from gpu_byoc.config import EngineConfig\n"
+        "class Same(FrameProcessor):\n"
+        "    async def process(self, frame): return frame\n"
+        "asyncio.run(run_processor(Same(), port=1, capability='from-the-file', max_body=1000,\n"
+        "                          engine=EngineConfig(slots=3, max_batch=2)))\n"
+    )
+    with running("run", str(file), "--host", "127.0.0.1", "--port", str(port), "--slots", "5") as worker:
+        worker.wait_for("listening")
+        assert get(port, "/version")[1]["model_id"] == "from-the-file"
+        assert post(port, "/", bytes(2000))[0] == 413
+        assert post(port, "/", bytes(10))[0] == 200
+        assert get(port, "/stream/status")[1]["slots"][0]["slots"] == 5
+        assert worker.end() == 0
+
+
+def test_sigterm_while_the_processor_loads(tmp_path: Path) -> None:
+    port = free_port()
+    file = tmp_path / "slow.py"
+    file.write_text(
+        "import asyncio, time\n"
+        "from gpu_byoc import FrameProcessor, run_processor\n"
+        "class Loads(FrameProcessor):\n"
+        "    async def initialize(self):\n"
+        "        print('loading', flush=True)\n"
+        "        time.sleep(1.5)\n"
+        f"asyncio.run(run_processor(Loads(), port={port}, host='127.0.0.1'))\n"
+    )
+    with running(program=(str(file),)) as worker:
+        worker.wait_for("loading")
+        assert get(port, "/health") == (503, {"status": "LOADING"})
+        assert post(port, "/", b"abc")[0] == 503
+        assert worker.end() == 0
+        assert not any("Traceback" in line for line in worker.log), worker.log
+
+
+def test_a_file_that_needs_more_says_what(tmp_path: Path) -> None:
+    file = tmp_path / "json.py"
+    file.write_text("import no_such_library\n")
+    with running("serve", "--processor", str(file), "--port", "0") as worker:
+        worker.wait_for("needs 'no_such_library'")
+        assert worker.popen.wait(30) == 2

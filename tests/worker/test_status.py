@@ -64,3 +64,25 @@ async def test_unknown_routes_and_methods_are_json_errors() -> None:
             async with r.session.request(method, r.url + path) as answer:
                 assert answer.status == status
                 assert (await answer.json())["status"] == "error"
+
+
+@asynchronous
+async def test_a_draining_worker_is_alive_but_not_ready() -> None:
+    async with running(GreenTint()) as r:
+        r.worker.draining = True
+        status = await r.get("/stream/status")
+        assert status["pipeline_ready"] is False
+        assert status["additional_info"]["draining"] is True
+        assert (await r.get("/health"))["status"] == "IDLE"
+        code, _, body = await r.post(bytes(3))
+        assert code == 503
+        assert b"draining" in body
+
+
+@asynchronous
+async def test_an_unknown_expectation_is_a_json_error() -> None:
+    async with running(GreenTint()) as r:
+        code, headers, body = await r.post(bytes(3), Expect="200-maybe")
+        assert code == 417
+        assert b"expectation_failed" in body
+        assert "X-Metadata" in headers
