@@ -45,6 +45,7 @@ def targets() -> Iterator[list[Target]]:
             return target
 
         start("bare aiohttp echo", "-m", "benchmarks.echo_server", "PORT", path="/")
+        start("the same, tuned as the worker is", "-m", "benchmarks.echo_server", "PORT", "tuned", path="/")
         serve = ("-m", "gpu_byoc", "serve", "--host", "127.0.0.1", "--port", "PORT", "--backend", "numpy")
         worker = start("worker, numpy green tint", *serve, "--capability", MODEL)
         run = ("-m", "gpu_byoc", "run", str(PAGE), "--host", "127.0.0.1", "--port", "PORT")

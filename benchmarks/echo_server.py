@@ -1,7 +1,8 @@
 """The floor of a frame job: a bare aiohttp server that copies chunks into one preallocated slot and answers from it.
 
-It has the server settings of our worker (read buffer, no access log) and none of its work. Run as
-``python -m benchmarks.echo_server PORT``.
+It has the read buffer of our worker, no access log, and none of its work. Run as
+``python -m benchmarks.echo_server PORT [tuned]``; tuned, it also has the allocator setting and large receives of our worker,
+which any aiohttp server could have.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import sys
 
 from aiohttp import web
 
+from gpu_byoc.transport.listen import keep_freed_memory, widen
+
+TUNED = sys.argv[2:] == ["tuned"]
 SLOT = memoryview(bytearray(64 << 20))
 
 
 async def echo(request: web.Request) -> web.StreamResponse:
+    if TUNED:
+        widen(request.transport)
     at = 0
     while chunk := await request.content.readany():
         SLOT[at : at + len(chunk)] = chunk
@@ -32,6 +38,8 @@ async def health(request: web.Request) -> web.Response:
 
 
 def main() -> None:
+    if TUNED:
+        keep_freed_memory()
     app = web.Application(client_max_size=64 << 20)
     app.router.add_post("/", echo)
     app.router.add_get("/health", health)

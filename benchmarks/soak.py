@@ -20,7 +20,7 @@ def run(seconds: float) -> dict[str, Any]:
     rng = random.Random(1)
     sizes = [FRAME, FRAME // 4, 3 * 1000, FRAME * 3]
     with targets() as found:
-        chain, worker = found[3], found[1]
+        chain, worker = found[-1], found[2]
         watched = {chain.name: chain.pid, worker.name: worker.pid}
         headers = {"Content-Type": "application/octet-stream", "X-Model-Id": MODEL}
         connections = [Connection(chain.port, chain.path, headers, rng.randbytes(size)) for size in sizes]

@@ -6,7 +6,6 @@ Argument lists become an OrchestratorConfig or a GatewayConfig, and that runs un
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import logging
 import signal
@@ -70,11 +69,12 @@ def main(argv: Sequence[str]) -> int:
             print(f"gpu-byoc livepeer {VERSION} (the local BYOC network, off-chain)")
             return 0
         from gpu_byoc.local.glog import to_stderr
+        from gpu_byoc.transport.listen import keep_freed_memory
 
         config = read_config(values)
         to_stderr(_int(values, "v"))
         _warn_unused(values)
-        _keep_freed_memory()
+        keep_freed_memory()
         asyncio.run(_serve(config))
     except OperatorError as error:
         print(f"gpu-byoc livepeer: {error}", file=sys.stderr)
@@ -213,21 +213,6 @@ def _warn_unused(values: dict[str, Value]) -> None:
     unused = [f"-{name}" for name in _ONLY[other] if values[name] != defaults[name]]
     if unused:
         log.warning("without effect, because they are for the %s: %s", other, ", ".join(unused))
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc not to give the memory of each frame back to the kernel, only to fault it in again for the next.
-
-    That was half of the system time of a gateway. At most 32 MiB stay with the process. Other C libraries: no change.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
-    mallopt(m_mmap_threshold, 4 << 20)
-    mallopt(m_trim_threshold, 32 << 20)
-    mallopt(m_top_pad, 1 << 20)
 
 
 def _directory(text: str) -> Path:

@@ -15,7 +15,8 @@ from aiohttp import web
 
 from gpu_byoc.errors import BadRequest, GpuByocError, TooLarge
 from gpu_byoc.local.http1 import AnswerHead, Malformed
-from gpu_byoc.local.upstream import Connection, Origin, Pool, widen
+from gpu_byoc.local.upstream import Connection, Origin, Pool
+from gpu_byoc.transport.listen import widen
 
 ROUTE: Final = "/live/video-to-video"
 

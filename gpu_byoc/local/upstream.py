@@ -14,21 +14,11 @@ from typing import Final, cast
 from urllib.parse import urlsplit
 
 from gpu_byoc.local.http1 import AnswerHead, AnswerParser, Malformed
+from gpu_byoc.transport.listen import widen
 
 HIGH_WATER: Final = 1 << 20  # bytes of an answer held for a slow reader before we stop reading from its sender
 IDLE_SECONDS: Final = 4.0  # uvicorn closes an idle connection after 5 s, aiohttp after 75; be the first to let go
 CONNECT_SECONDS: Final = 2.0  # the next hop is on this machine or this network
-
-
-RECV_SIZE: Final = 1 << 20
-"""Bytes asked for at a time. asyncio asks for 256 KiB; a 640x480 frame in one piece instead of four took a sixth off
-the latency of gateway -> orchestrator -> worker."""
-
-
-def widen(transport: asyncio.BaseTransport | None) -> None:
-    """Read RECV_SIZE at a time from now on, where the event loop lets one choose (asyncio's selector loop does)."""
-    if transport is not None and hasattr(transport, "max_size"):
-        transport.max_size = RECV_SIZE
 
 
 class Origin:

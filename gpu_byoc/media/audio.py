@@ -102,7 +102,7 @@ class OpusTranscoder:
 
     def convert(self, packet: AudioPacket) -> list[AudioPacket]:
         try:
-            frames = self._decoder.decode(av.Packet(padded(packet.data)))
+            frames = self._decoder.decode(padded(packet.data))
         except av.error.MemoryError:
             raise
         except av.error.FFmpegError:
@@ -163,9 +163,14 @@ def _ticks(samples: int) -> int:
     return samples * CLOCK // OPUS_RATE
 
 
-def padded(data: bytes | bytearray) -> memoryview:
-    """A copy with the zeros behind it that decoders may read (AV_INPUT_BUFFER_PADDING_SIZE)."""
-    return memoryview(bytes(data) + bytes(PADDING))[: len(data)]
+def padded(data: bytes) -> av.Packet[Any]:
+    """A packet of a copy, with the zeros behind it that decoders may read."""
+    return packet_of(memoryview(data + bytes(PADDING))[: len(data)])
+
+
+def packet_of(view: memoryview) -> av.Packet[Any]:
+    """A packet that refers to ``view``, which must have ``PADDING`` zeros behind it."""
+    return av.Packet(view)  # type: ignore[arg-type]  # takes any buffer
 
 
 def opus_unit(packet: bytes) -> bytes:

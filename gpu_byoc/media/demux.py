@@ -27,6 +27,8 @@ AUDIO: Final = "audio"
 _MAX_SAID: Final = 64  # ignored streams that are reported; a PMT with more is no broadcast but an attack
 _TIMES: Final = 0xC0  # of the second flag byte of a PES header: PTS, DTS
 _PES_HEAD: Final = 9
+_FIRST_PID: Final = 0x10  # lower ones are for tables
+_NULL_PID: Final = 0x1FFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +80,17 @@ class _Lane:
     __slots__ = (
         "active",
         "announced",
+        "broken",
         "cc",
         "channels",
         "codec",
         "data",
         "ended_by_padding",
         "expected",
+        "fresh",
         "gap",
         "name",
         "pads_inside",
-        "random_access",
         "start",
         "tables",
     )
@@ -101,10 +104,11 @@ class _Lane:
         self.expected = 0  # bytes of this PES by its own length; 0 if it has none
         self.cc = -1  # continuity counter of the last packet with payload
         self.start = b""  # the last packet that began a PES, to know it again when it is sent twice
-        self.gap = False  # something before the PES that is coming in is missing
-        self.tables = False  # a PAT has come since the last packet of this stream
-        self.announced = False  # the stream itself announced a discontinuity
-        self.random_access = False
+        self.gap = False  # something before the PES that is coming in is missing, and nobody was told
+        self.broken = False  # the PES that was coming in is lost, and that was told; waiting for the next
+        self.tables = False  # a PAT has come since the last PES began
+        self.fresh = False  # ... and one came before that
+        self.announced = False  # the stream itself announces a discontinuity before this PES
         self.ended_by_padding = False
         self.pads_inside = False
 
@@ -235,7 +239,7 @@ class Demuxer:
         if packet[1] & 0x80 or control & 0xC0:
             self._lose(lane, "packet", "a packet marked as damaged" if packet[1] & 0x80 else "a scrambled packet")
             return
-        at, padded = 4, False
+        at, padded, announced = 4, False, False
         if control & 0x20:
             size = packet[4]
             if size > PACKET - 5 - (control >> 4 & 1):
@@ -244,19 +248,14 @@ class Demuxer:
             at = 5 + size
             field = packet[5:at]
             padded = size == 0 or mpegts.used(field) < size
-            flags = field[0] if size else 0
-            lane.announced |= bool(flags & 0x80)
-            if start:
-                lane.random_access = bool(flags & 0x40)
-        if not control & 0x10:
+            announced = size > 0 and bool(field[0] & 0x80)
+        if not control & 0x10 or self._repeated(lane, packet, start):
             return
-        if self._repeated(lane, packet, start):
-            return
-        self._continuity(lane, control & 15, start)
+        followed = self._continuity(lane, control & 15, start, announced)
         if start:
-            self._start(lane, packet, at)
+            self._start(lane, packet, at, announced)
         elif not lane.active:
-            self._unexpected(lane)
+            self._unexpected(lane, followed)
             return
         else:
             lane.data += packet[at:]
@@ -268,31 +267,41 @@ class Demuxer:
             return False
         return packet == lane.start if start else lane.active and lane.data.endswith(packet[-32:])
 
-    def _continuity(self, lane: _Lane, cc: int, start: bool) -> None:
-        if lane.cc >= 0 and cc != (lane.cc + 1) & 15:
-            # Each segment may have counters of its own: where tables came first, what was coming in counts as whole.
-            if lane.active and not (start and lane.tables):
-                self._lose(lane, "continuity", f"packets of {lane.name} are missing")
-            lane.gap = True
+    def _continuity(self, lane: _Lane, cc: int, start: bool, announced: bool) -> bool:
+        """Whether the packet follows the one before."""
+        follows = lane.cc < 0 or cc == (lane.cc + 1) & 15
         lane.cc = cc
+        if follows or (announced and start):
+            return True
+        # Each segment may have counters of its own: where tables came first, what was coming in counts as whole.
+        if lane.active and not (start and lane.tables):
+            self._lose(lane, "continuity", f"packets of {lane.name} are missing")
+        elif not lane.broken:
+            lane.gap = True
+        return False
 
-    def _start(self, lane: _Lane, packet: memoryview, at: int) -> None:
+    def _start(self, lane: _Lane, packet: memoryview, at: int, announced: bool) -> None:
         if lane.active:
             if lane.expected:
                 self._lose(lane, "truncated", f"{lane.name} data shorter than it says")
             else:
                 self._complete(lane)
         lane.start = bytes(packet)
-        lane.active, lane.ended_by_padding = True, False
+        lane.active, lane.broken, lane.ended_by_padding = True, False, False
+        lane.fresh, lane.tables, lane.announced = lane.tables, False, announced
         lane.data += packet[at:]
         size = lane.data[4] << 8 | lane.data[5] if len(lane.data) >= 6 else 0
         lane.expected = size + 6 if size else 0
 
-    def _unexpected(self, lane: _Lane) -> None:
+    def _unexpected(self, lane: _Lane, followed: bool) -> None:
         """A packet that continues nothing: behind something lost, or behind an end that was none."""
-        if lane.ended_by_padding:
-            lane.ended_by_padding, lane.pads_inside = False, True
-            self._lose(lane, "padding", f"{lane.name} data goes on after a padded packet; waiting for starts from now on")
+        if lane.broken or not lane.start:
+            return
+        if lane.ended_by_padding and followed:
+            lane.pads_inside = True
+            self._lose(lane, "padding", f"{lane.name} data goes on after a padded packet; from now on ends are awaited")
+        else:
+            self._lose(lane, "continuity", f"the start of {lane.name} data is missing")
 
     def _grown(self, lane: _Lane, padded: bool) -> None:
         size = len(lane.data)
@@ -308,56 +317,41 @@ class Demuxer:
 
     def _lose(self, lane: _Lane, reason: str, detail: str) -> None:
         lane.clear()
+        lane.broken, lane.gap = True, False
         self._problem(reason, detail, lane.name)
 
     # --- elementary streams
 
     def _complete(self, lane: _Lane) -> None:
-        data, tables, trusted = lane.data, lane.tables, lane.announced or lane.random_access
+        data = lane.data
         lane.clear()
-        lane.tables = lane.announced = False
         gap, lane.gap = lane.gap, False
         if len(data) < _PES_HEAD or data[:3] != b"\x00\x00\x01" or data[6] & 0xC0 != 0x80:
             self._problem("pes", f"{lane.name} data without a PES header", lane.name)
             return
         body = _PES_HEAD + data[8]
-        pts, dts = _times(data, body)
-        size = len(data) - body
-        if size <= 0:
+        if body >= len(data):
             return
-        data += bytes(PADDING)
-        payload = memoryview(data)[body : body + size]
+        pts, dts = _times(data, body)
         if lane.name == VIDEO:
-            self._picture(lane, payload, pts, dts, gap, tables, trusted)
+            self._picture(lane, data, body, pts, dts, gap)
         else:
-            self._sound(lane, payload, pts, trusted or tables)
+            self._sound(lane, data[body:], pts)
 
-    def _picture(
-        self,
-        lane: _Lane,
-        payload: memoryview,
-        pts: int | None,
-        dts: int | None,
-        gap: bool,
-        tables: bool,
-        trusted: bool,
-    ) -> None:
+    def _picture(self, lane: _Lane, data: bytearray, body: int, pts: int | None, dts: int | None, gap: bool) -> None:
         assert lane.codec == "h264" or lane.codec == "hevc"
-        kind = nal.kind(lane.codec, payload.obj if isinstance(payload.obj, bytearray) else bytearray(payload))
-        if gap and not (kind.key and tables):
+        kind = nal.kind(lane.codec, data, body)
+        if gap and not (kind.key and lane.fresh):
             self._problem("continuity", "packets between two pictures are missing", VIDEO)
-        decoded = self._place(VIDEO, pts, dts, trusted or kind.key)
-        if decoded is None:
-            self._problem("timestamp", f"a picture with PTS {pts}, DTS {dts}, out of line with those before", None)
-        elif pts is not None and dts is not None:
-            pts, dts = decoded + apart(pts, dts), decoded
-        else:
-            pts = dts = decoded
-        if decoded is None:
-            pts = dts = None
-        self._events.append(Picture(lane.codec, payload, pts, dts, kind.key, kind.sps))
+        place = self._place(VIDEO, pts, dts, kind.key or lane.announced)
+        if place is None or pts is None:  # still decoded, as others may refer to it
+            self._problem("timestamp", f"a picture with PTS {pts}, DTS {dts}, out of line with those before")
+        due = None if place is None or pts is None else place + (0 if dts is None else apart(pts, dts))
+        size = len(data)
+        data += bytes(PADDING)
+        self._events.append(Picture(lane.codec, memoryview(data)[body:size], due, place, kind.key, kind.sps))
 
-    def _sound(self, lane: _Lane, payload: memoryview, pts: int | None, trusted: bool) -> None:
+    def _sound(self, lane: _Lane, payload: bytearray, pts: int | None) -> None:
         assert lane.codec == "aac" or lane.codec == "mp2" or lane.codec == "opus"
         track = track_of(lane.codec, payload, lane.channels)
         if track is None and self._audio is None:
@@ -366,11 +360,11 @@ class Demuxer:
         if track is not None and track != self._audio:
             self._audio = track
             self._tell()
-        place = self._place(AUDIO, pts, None, trusted)
+        assert self._audio is not None
+        place = self._place(AUDIO, pts, None, lane.fresh or lane.announced)
         if place is None:
             self._problem("timestamp", f"an audio packet with PTS {pts}, out of line with those before", AUDIO)
             return
-        assert self._audio is not None
         self._events.append(AudioPacket(bytes(payload), place, self._audio))
 
     def _place(self, name: str, pts: int | None, dts: int | None, trusted: bool) -> int | None:
@@ -403,6 +397,7 @@ class Demuxer:
             self._program(tuple(mpegts.pmt_streams(section)))
 
     def _program(self, streams: tuple[Stream, ...]) -> None:
+        streams = tuple(each for each in streams if _FIRST_PID <= each.pid < _NULL_PID and each.pid != self._pmt_pid)
         video = next((each for each in streams if each.is_video), None)
         audio = next((each for each in streams if each.codec and not each.is_video), None)
         chosen = tuple(each for each in (video, audio) if each is not None)

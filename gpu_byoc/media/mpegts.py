@@ -1,8 +1,8 @@
 """MPEG transport streams on paper: numbers, time stamps and tables, read and written. No state.
 
-Layout and field names are from ISO/IEC 13818-1 (= ITU-T H.222.0): packets 2.4.3.2, adaptation field 2.4.3.4, PES 2.4.3.6,
-PAT 2.4.4.3, PMT 2.4.4.8, stream types table 2-34. Opus in a transport stream is ETSI TS 103 420 as FFmpeg and the WHIP
-ingest write it: private PES with a registration descriptor ``Opus`` and a DVB extension descriptor 0x80.
+Layout and field names are from ISO/IEC 13818-1 (= ITU-T H.222.0): packets 2.4.3.2, adaptation field 2.4.3.4, PES
+2.4.3.6, PAT 2.4.4.3, PMT 2.4.4.8, stream types table 2-34. Opus in a transport stream follows the draft at
+wiki.xiph.org/OpusTS, as FFmpeg does: private PES, a registration descriptor ``Opus``, a DVB extension descriptor 0x80.
 """
 
 from __future__ import annotations

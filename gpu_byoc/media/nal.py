@@ -30,13 +30,13 @@ class Kind:
     sps: bytes = b""
 
 
-def kind(codec: VideoCodec, data: bytes | bytearray) -> Kind:
-    """Looks at what comes before the first slice, and at that slice's type; no further.
+def kind(codec: VideoCodec, data: bytes | bytearray, start: int = 0) -> Kind:
+    """Looks at what comes from ``start`` to the first slice, and at that slice's type; no further.
 
     An H.264 picture is a key if it is IDR, or has a parameter set in front of it: with open GOPs and intra refresh the
     recovery point is not IDR, and encoders repeat parameter sets only where a decoder may start.
     """
-    sps, at = b"", data.find(_START)
+    sps, at = b"", data.find(_START, start)
     while 0 <= at < len(data) - 3:
         head = data[at + 3]
         number = head & 0x1F if codec == "h264" else head >> 1 & 0x3F

@@ -13,7 +13,7 @@ from typing import Final
 from gpu_byoc.media.mpegts import CLOCK, WRAP
 
 JUMP: Final = 10 * CLOCK
-"""Forward steps up to this are normal: a pause, a lost segment. Beyond, a stamp is believed when a second one agrees."""
+"""Steps up to this are normal: a pause, a lost segment. Beyond, a stamp is believed when a second one agrees."""
 _BACK: Final = CLOCK
 """A step back by less is a late unit, and dropped; by more it is a new start."""
 _STEP: Final = CLOCK // 25

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import errno
 import socket
 
@@ -12,6 +14,10 @@ from gpu_byoc.errors import ConfigError, PortInUse
 READ_BUFFER = 1 << 20
 """Bytes of a body that may wait to be read. One 640x480 RGB frame fits (921,600 bytes), so that reading is not paused
 and resumed several times within it."""
+
+RECV_SIZE = 1 << 20
+"""Bytes asked for at a time. asyncio asks for 256 KiB; a 640x480 frame in one piece instead of four took a sixth off
+the latency of gateway -> orchestrator -> worker."""
 
 BACKLOG = 1024
 """Connections that may wait to be accepted: clients that come all at once are queued, not refused."""
@@ -47,6 +53,28 @@ async def serve(app: web.Application, sock: socket.socket, shutdown: float) -> w
         await runner.cleanup()
         raise
     return runner
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to give the memory of each frame back to the kernel, only to fault it in again for the next.
+
+    That was half of the system time of a gateway and of a worker. At most 32 MiB stay with the process. Other C
+    libraries: no change. For a process's main only: it concerns the whole process.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
+    mallopt(m_mmap_threshold, 4 << 20)
+    mallopt(m_trim_threshold, 32 << 20)
+    mallopt(m_top_pad, 1 << 20)
+
+
+def widen(transport: asyncio.BaseTransport | None) -> None:
+    """Receive RECV_SIZE at a time from now on, where the event loop lets one choose (asyncio's selector loop does)."""
+    if transport is not None and hasattr(transport, "max_size"):
+        transport.max_size = RECV_SIZE
 
 
 def port_of(sock: socket.socket) -> int:

@@ -13,6 +13,7 @@ from aiohttp.client_exceptions import ClientError, ClientPayloadError
 from aiohttp.web_protocol import RequestPayloadError
 
 from gpu_byoc.errors import BadFrame, BodyTimeout, GpuByocError, Overloaded, TooLarge
+from gpu_byoc.transport.listen import widen
 
 MIN_RATE = 16 * 1024
 """Bytes a second below which a body or an answer counts as stalled: it holds slots that others could use. A 640x480
@@ -70,6 +71,7 @@ class Budget:
 async def _chunks(request: web.Request, seconds: float, progress: Callable[[], int]) -> AsyncGenerator[bytes, None]:
     """The body as it comes, none joined with another. Raises BodyTimeout and BadFrame."""
     content = request.content
+    widen(request.transport)
     try:
         async with asyncio.timeout(None) as limit:
             with Watch(seconds, progress, lambda: limit.reschedule(0)):

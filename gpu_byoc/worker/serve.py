@@ -16,7 +16,7 @@ from gpu_byoc.engine.host import HostBackend
 from gpu_byoc.errors import EXIT_DEVICE_LOST, BackendUnavailable, GpuByocError
 from gpu_byoc.plugins import AUTO, load_backend
 from gpu_byoc.processor import FrameProcessor, Processor
-from gpu_byoc.transport.listen import bind, port_of, serve
+from gpu_byoc.transport.listen import bind, keep_freed_memory, port_of, serve
 from gpu_byoc.worker.app import Worker
 
 log = logging.getLogger("gpu_byoc.worker")
@@ -56,6 +56,7 @@ async def run_processor(processor: Processor, port: int = 8000, host: str = "0.0
 
 async def run(config: ServeConfig, processor: Processor) -> int:
     """Serve until told to stop. Returns the exit status of the process."""
+    keep_freed_memory()
     worker = Worker(config, processor)
     async with AsyncExitStack() as stack:
         stop = _Stop(stack)
@@ -106,9 +107,7 @@ async def open_engine(config: ServeConfig, processor: Processor, degraded: list[
         except BackendUnavailable as error:
             tried.append(f"{name}: {error}")
             continue
-        log.info(
-            "backend %s on %s; %s", name, engine.backend.device, "; ".join(["tried in turn", *tried]) if tried else ""
-        )
+        log.info("backend %s on %s%s", name, engine.backend.device, "".join(f"; not {reason}" for reason in tried))
         if tried:
             degraded.append(f"backend {name} instead of a better one: " + "; ".join(tried))
         return engine
