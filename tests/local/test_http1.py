@@ -55,9 +55,9 @@ def test_a_chunked_body(chunks: list[bytes], trailer: bool, cuts: list[int]) -> 
 def test_a_body_until_the_peer_closes(body: bytes, cuts: list[int]) -> None:
     parser, got = feed(b"HTTP/1.1 200 OK\r\n\r\n" + body, cuts)
     assert got == body
-    assert not parser.done
+    done = [parser.done]
     parser.eof()
-    assert parser.done
+    assert [*done, parser.done] == [False, True]
     assert not parser.reusable
 
 
