@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gpu_byoc._version import VERSION
 from gpu_byoc.config import MIB, EngineConfig, ServeConfig, env
-from gpu_byoc.errors import EXIT_USAGE, ConfigError, OperatorError
+from gpu_byoc.errors import EXIT_INTERRUPTED, EXIT_USAGE, ConfigError, OperatorError
 
 USAGE = """\
 usage: gpu-byoc COMMAND ...
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OperatorError as error:
         print(f"gpu-byoc {arguments[0]}: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 def _parser(command: str, about: str) -> argparse.ArgumentParser:

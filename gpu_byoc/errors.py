@@ -26,7 +26,8 @@
     |  `- ProcessorTimeout            processor   504    the job; the device may still be busy with it
     |- DeviceError                    device
     |  |- DeviceLost                  device      500    the process: only a restart helps
-    |  `- DeviceOutOfMemory           device      503    its frames, after smaller batches failed too
+    |  |- DeviceOutOfMemory           device      503    its frames, after smaller batches failed too
+    |  `- EncoderFailed               device      500    its stream
     |- NetworkError                   network
     |  |- ContainerTimeout            network     504    the job
     |  |- ContainerUnreachable        network     502    the job
@@ -221,6 +222,12 @@ class DeviceOutOfMemory(DeviceError):
     retry_after = 1
 
 
+class EncoderFailed(DeviceError):
+    """A video encoder that had opened refused a frame."""
+
+    code = "encoder_failed"
+
+
 # --- between the parts
 
 
@@ -301,6 +308,9 @@ class PortInUse(OperatorError):
 
 EXIT_USAGE = 2
 """Exit status for an OperatorError, as argparse uses for wrong arguments."""
+
+EXIT_INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 EXIT_DEVICE_LOST = 70
 """Exit status after DeviceLost (EX_SOFTWARE of sysexits.h): restart the process, the device may be fine then."""

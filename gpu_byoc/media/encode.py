@@ -17,7 +17,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import ColorRange
 
-from gpu_byoc.errors import BackendUnavailable, BadFrame, ConfigError
+from gpu_byoc.errors import BackendUnavailable, BadFrame, ConfigError, EncoderFailed
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.media.mpegts import CLOCK
 from gpu_byoc.media.planes import Colour, FromSlot
@@ -27,8 +27,16 @@ ENCODERS: Final = ("auto", "libx264", "h264_nvenc")
 
 _OPTIONS: Final[Mapping[str, Mapping[str, str]]] = {
     # What every worker of the network uses, so that costs compare; crf 23 is x264's default.
-    "libx264": {"preset": "superfast", "tune": "zerolatency", "forced-idr": "1", "bf": "0"},
-    "h264_nvenc": {"preset": "p3", "tune": "ull", "zerolatency": "1", "delay": "0", "forced-idr": "1", "bf": "0"},
+    "libx264": {"preset": "superfast", "tune": "zerolatency", "forced-idr": "1", "bf": "0", "aud": "1"},
+    "h264_nvenc": {
+        "preset": "p3",
+        "tune": "ull",
+        "zerolatency": "1",
+        "delay": "0",
+        "forced-idr": "1",
+        "bf": "0",
+        "aud": "1",
+    },
 }
 _MAX_KEY_DISTANCE: Final = 600  # frames, should nobody ask for a keyframe: 24 s at 25 fps
 
@@ -143,29 +151,37 @@ class Encoder:
         """Encode the pixels in ``slot``; it is read only while this call lasts.
 
         ``key`` asks for an IDR picture. Answers one picture (h264_nvenc may hold the first ones back).
-        Raises BadFrame if ``pts`` does not grow or the slot has another size. An error of a running encoder is
-        FFmpegError and ends this encoder.
+        Raises:
+            BadFrame: ``pts`` does not grow, or the slot has another size; the encoder goes on.
+            EncoderFailed: the encoder is done for; make a new one or end the stream.
         """
-        if self._last is not None and pts <= self._last:
-            raise BadFrame(f"a frame with PTS {pts} cannot follow one with {self._last}")
-        frame = self._source.frame(slot)
-        self._last = pts
-        return self.encode_frame(frame, pts, key)
+        return self.encode_frame(self._source.frame(slot), pts, key)
 
     def encode_frame(self, frame: VideoFrame, pts: int, key: bool = False) -> list[CodedPicture]:
-        """The same for a frame that is yuv420p of the right size already."""
+        """The same for a frame that is yuv420p of the right size already; its time stamps are overwritten."""
+        if self._last is not None and pts <= self._last:
+            raise BadFrame(f"a frame with PTS {pts} cannot follow one with {self._last}")
+        if (frame.width, frame.height, frame.format.name) != (self.spec.width, self.spec.height, "yuv420p"):
+            raise BadFrame(f"a {frame.format.name} frame of {frame.width}x{frame.height} does not fit {self.spec}")
+        self._last = pts
         frame.pts, frame.time_base = pts, TIME_BASE
         frame.pict_type = PictureType.I if key else PictureType.NONE
-        return self._pictures(self._context.encode(frame))
+        return self._pictures(frame)
 
     def flush(self) -> list[CodedPicture]:
         """What is still inside. Nothing can be encoded after it."""
-        return self._pictures(self._context.encode(None))
+        return self._pictures(None)
 
-    def _pictures(self, packets: list[av.Packet[Any]]) -> list[CodedPicture]:
-        return [
-            CodedPicture(
-                bytes(each), each.pts or 0, each.dts if each.dts is not None else each.pts or 0, each.is_keyframe
-            )
-            for each in packets
-        ]
+    def _pictures(self, frame: VideoFrame | None) -> list[CodedPicture]:
+        try:
+            packets = self._context.encode(frame)
+        except av.error.MemoryError:
+            raise
+        except av.error.FFmpegError as error:
+            raise EncoderFailed(f"{self._context.name} failed at {self.spec}: {error.strerror}") from error
+        done = []
+        for each in packets:
+            pts = self._last if each.pts is None else each.pts
+            assert pts is not None
+            done.append(CodedPicture(bytes(each), pts, pts if each.dts is None else each.dts, each.is_keyframe))
+        return done

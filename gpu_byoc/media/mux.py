@@ -29,7 +29,7 @@ _BODY: Final = PACKET - 4
 _PCR_LEAD: Final = CLOCK // 5
 """The clock is this far behind DTS: the time a player has to get what belongs together. Covers audio's interleaving."""
 _EARLY: Final = CLOCK // 2
-"""A keyframe that comes this much too early starts the next segment all the same, rather than another one soon after."""
+"""A keyframe that comes this much too early starts the next segment, rather than another one soon after."""
 _MAX_AUDIO_SPAN: Final = 2 * CLOCK
 """Audio that has waited for pictures while this much more of it came is written without them."""
 _AUD: Final = b"\x00\x00\x00\x01\x09\xf0"
@@ -134,16 +134,14 @@ class Segmenter:
         starts = picture.key and (self._start is None or picture.pts - self._start >= self._seconds - _EARLY)
         if self._start is None and not starts:
             return []
-        parts = []
+        parts, before = [], b""
         if starts:
-            before = self._due(picture.pts)
+            before = self._due(picture.pts) if self._start is not None else b""
             parts, self._start = [self._tables()], picture.pts
-        else:
-            before = b""
         data = picture.data if nal.starts_with_aud("h264", picture.data) else _AUD + picture.data
         pes = _pes(0xE0, picture.pts, picture.dts, data, False, 8)
         parts.append(self._video.pes(pes, 0x40 if picture.key else 0, max(0, picture.dts - _PCR_LEAD)))
-        self._shown = max(self._shown, picture.pts)
+        self._shown = picture.pts
         parts.append(self._due(self._shown))
         pieces = [Piece(before)] if before else []
         return [*pieces, Piece(b"".join(parts), starts)]

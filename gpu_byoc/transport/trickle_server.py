@@ -32,7 +32,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-from aiohttp import ClientPayloadError, web
+from aiohttp import web
 
 from gpu_byoc.config import MIB
 from gpu_byoc.core.cursor import ABSENT, CLOSED, LATEST, RESET, SEQ
@@ -142,7 +142,7 @@ class TrickleServer:
             self.hub.wake()
             if isinstance(error, TooLarge):
                 return _text(error.status, str(error), close=True, headers=headers)
-            if isinstance(error, ClientPayloadError | ConnectionError | ValueError):
+            if isinstance(error, web.RequestPayloadError | ConnectionError):
                 return _text(500, "Server error", close=True, headers=headers)
             raise  # cancelled with its connection, or with the server
         channel.finish(segment)

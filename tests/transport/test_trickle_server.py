@@ -616,10 +616,13 @@ async def test_hooks_may_refuse() -> None:
 @asynchronous
 async def test_stopping_answers_those_who_wait() -> None:
     async with running("a") as at:
-        reader, publisher = await at.start("GET", "a/0"), await preconnected(at, "a/0", 2)
-    for wire in (reader, publisher):
+        await at.start("GET", "a/0")
+        await preconnected(at, "a/0", 2)
+        wires, at.wires = at.wires, []
+    for wire in wires:
         status, headers, _ = await wire.answer()
         assert (status, headers[CLOSED]) == (200, "terminated")
+        await wire.close()
 
 
 # --- in the same process
