@@ -19,6 +19,7 @@ from benchmarks.harness import Connection, Load, free_port, measure, percentile,
 FRAME = 640 * 480 * 3
 PAGE = Path(__file__).parent.parent / "examples" / "processor.py"
 MODEL = "green-tint-cpu"
+ROUTE = "/live/video-to-video"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Target:
     start_seconds: float
     pid: int
     slow: bool = False  # a few jobs say enough
+    behind: int | None = None  # another process of the target
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def targets() -> Iterator[list[Target]]:
     with contextlib.ExitStack() as stack:
         found = []
 
-        def start(name: str, *arguments: str, path: str = "/live/video-to-video", slow: bool = False) -> Target:
+        def start(name: str, *arguments: str, path: str = ROUTE, slow: bool = False) -> Target:
             port = free_port()
             child = stack.enter_context(process(*(a.replace("PORT", str(port)) for a in arguments)))
             began = wait_until_ready(f"http://127.0.0.1:{port}/health", child)
@@ -58,14 +60,14 @@ def _chain(stack: contextlib.ExitStack, worker: Target) -> Target:
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     orchestrator, gateway, cli = free_port(), free_port(), (free_port(), free_port())
     common = ("-m", "gpu_byoc", "livepeer", "-network", "offchain")
-    child = stack.enter_context(
+    middle = stack.enter_context(
         process(
             *(*common, "-orchestrator", "-serviceAddr", f"127.0.0.1:{orchestrator}", "-cliAddr", f"127.0.0.1:{cli[0]}"),
             *("-datadir", str(directory / "orchestrator"), "-byoc", "-byocModelID", MODEL),
             *("-byocContainerURL", f"http://127.0.0.1:{worker.port}"),
         )
     )
-    wait_until_ready(f"http://127.0.0.1:{orchestrator}/health", child)
+    wait_until_ready(f"http://127.0.0.1:{orchestrator}/health", middle)
     child = stack.enter_context(
         process(
             *(*common, "-gateway", "-orchAddr", f"127.0.0.1:{orchestrator}", "-httpAddr", f"127.0.0.1:{gateway}"),
@@ -73,7 +75,7 @@ def _chain(stack: contextlib.ExitStack, worker: Target) -> Target:
         )
     )
     began = wait_until_ready(f"http://127.0.0.1:{gateway}/health", child)
-    return Target("gateway -> orchestrator -> worker", gateway, "/live/video-to-video", began, child.pid)
+    return Target("gateway -> orchestrator -> worker", gateway, ROUTE, began, child.pid, behind=middle.pid)
 
 
 def run(quick: bool) -> list[dict[str, Any]]:

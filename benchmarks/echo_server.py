@@ -1,8 +1,8 @@
 """The floor of a frame job: a bare aiohttp server that copies chunks into one preallocated slot and answers from it.
 
 It has the read buffer of our worker, no access log, and none of its work. Run as
-``python -m benchmarks.echo_server PORT [tuned]``; tuned, it also has the allocator setting and large receives of our worker,
-which any aiohttp server could have.
+``python -m benchmarks.echo_server PORT [tuned]``; tuned, it also has the allocator setting and large receives of our
+worker, which any aiohttp server could have.
 """
 
 from __future__ import annotations

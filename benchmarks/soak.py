@@ -21,7 +21,8 @@ def run(seconds: float) -> dict[str, Any]:
     sizes = [FRAME, FRAME // 4, 3 * 1000, FRAME * 3]
     with targets() as found:
         chain, worker = found[-1], found[2]
-        watched = {chain.name: chain.pid, worker.name: worker.pid}
+        assert chain.behind is not None
+        watched = {"gateway": chain.pid, "orchestrator": chain.behind, "worker": worker.pid}
         headers = {"Content-Type": "application/octet-stream", "X-Model-Id": MODEL}
         connections = [Connection(chain.port, chain.path, headers, rng.randbytes(size)) for size in sizes]
         samples: dict[str, list[int]] = {name: [] for name in watched}

@@ -21,6 +21,8 @@ commands:
   livepeer    local orchestrator or gateway, with the quickstart page's flags
   usage       what the orchestrator's ledger says
   job         send an image, a video or raw frames through a gateway
+  stream      play a clip as live streams through a worker
+  trickle     a trickle server by itself
   demo        all of it on this machine, on a real clip
   backends    which backends open here, and why the others do not
 
@@ -75,8 +77,24 @@ def _worker_flags() -> list[tuple[str, Callable[[str], object], object, str]]:
         ("slot-wait", float, default.slot_wait, "seconds a job waits in the line for a slot before 503"),
         ("body-timeout", float, default.body_timeout, "seconds over which a body or an answer must make headway"),
         ("job-timeout", float, default.job_timeout, "seconds to wait for the processor before 504"),
+        ("max-streams", int, default.max_streams, "live streams at once"),
+        (
+            "latency-budget-ms",
+            float,
+            default.latency_budget * 1e3,
+            "age at which a live frame that has no slot is dropped",
+        ),
+        ("lossless", _flag, "no", "yes: a live frame waits for a slot instead of being dropped"),
+        ("encoder", str, default.encoder, "auto, libx264 or h264_nvenc"),
+        ("insecure", _flag, "no", "yes: take any TLS certificate of a trickle server"),
         ("log-level", str, "info", "debug, info, warning or error"),
     ]
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("yes", "no", "true", "false", "1", "0"):
+        raise ValueError(text)
+    return text.lower() in ("yes", "true", "1")
 
 
 def _add_flag(
@@ -97,10 +115,14 @@ def _config(given: argparse.Namespace, **changes: object) -> ServeConfig:
         memory=given.memory_mb * MIB,
     )
     values = {name: getattr(given, name) for name in _PLAIN} | changes
+    values["latency_budget"] = given.latency_budget_ms / 1e3
     return ServeConfig(engine=engine, max_body=given.max_body_mb * MIB, **values)
 
 
-_PLAIN = ("backend", "device", "capability", "pipeline", "app_version", "slot_wait", "body_timeout", "job_timeout")
+_PLAIN = (
+    *("backend", "device", "capability", "pipeline", "app_version", "slot_wait", "body_timeout", "job_timeout"),
+    *("max_streams", "lossless", "encoder", "insecure"),
+)
 _ENGINE = {"slots": 1, "max_batch": 1, "max_wait_ms": 1, "depth": 1, "memory_mb": MIB}
 
 
@@ -110,6 +132,8 @@ def _changes(given: argparse.Namespace) -> dict[str, object]:
     changes: dict[str, object] = {name: said[name] for name in ("host", "port", *_PLAIN) if name in said}
     if "max_body_mb" in said:
         changes["max_body"] = said["max_body_mb"] * MIB
+    if "latency_budget_ms" in said:
+        changes["latency_budget"] = said["latency_budget_ms"] / 1e3
     engine = {name.removesuffix("_mb"): said[name] * unit for name, unit in _ENGINE.items() if name in said}
     return changes | ({"engine": engine} if engine else {})
 
@@ -176,6 +200,18 @@ def _job(argv: Sequence[str]) -> int:
     return job.main(argv)
 
 
+def _stream(argv: Sequence[str]) -> int:
+    from gpu_byoc.local import stream
+
+    return stream.main(argv)
+
+
+def _trickle(argv: Sequence[str]) -> int:
+    from gpu_byoc.transport import trickle_server
+
+    return trickle_server.main(argv)
+
+
 def _demo(argv: Sequence[str]) -> int:
     from gpu_byoc.local import demo
 
@@ -202,6 +238,8 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "livepeer": _livepeer,
     "usage": _usage,
     "job": _job,
+    "stream": _stream,
+    "trickle": _trickle,
     "demo": _demo,
     "backends": _backends,
 }

@@ -108,6 +108,10 @@ class Meter:
         self._forget(now)
         return [(second, name, usage) for second in sorted(self._rows) for name, usage in self._rows[second].items()]
 
+    def row(self, second: int, name: str) -> Usage:
+        """One row, with zeros where nothing was booked."""
+        return self._rows.get(second, {}).get(name) or Usage()
+
     def end(self, name: str) -> Usage:
         """A stream is over: its totals leave the table and are returned. Its rows stay for their minute."""
         return self.totals.pop(name, Usage())

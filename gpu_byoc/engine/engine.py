@@ -370,6 +370,16 @@ class Engine:
                 for room in self._rooms.values()
             ]
 
+    def second(self, name: str, second: int) -> Usage:
+        """What ``name`` used in one second of the last minute."""
+        with self.lock:
+            return _copy(self.meter.row(second, name))
+
+    def end_stream(self, name: str) -> Usage:
+        """A stream is over: its totals, which leave the table."""
+        with self.lock:
+            return self.meter.end(name)
+
     def usage(self) -> tuple[list[tuple[int, str, Usage]], dict[str, Usage], Usage]:
         """(rows of the last minute, totals by name, the device's own totals), copied."""
         with self.lock:

@@ -265,7 +265,7 @@ class Demuxer:
         """2.4.3.3: a packet may be sent twice, then with the same counter."""
         if packet[3] & 15 != lane.cc:
             return False
-        return packet == lane.start if start else lane.active and lane.data.endswith(packet[-32:])
+        return packet == lane.start if start else not lane.active or lane.data.endswith(packet[-32:])
 
     def _continuity(self, lane: _Lane, cc: int, start: bool, announced: bool) -> bool:
         """Whether the packet follows the one before."""
@@ -361,7 +361,7 @@ class Demuxer:
             self._audio = track
             self._tell()
         assert self._audio is not None
-        place = self._place(AUDIO, pts, None, lane.fresh or lane.announced)
+        place = self._place(AUDIO, pts, None, lane.announced)
         if place is None:
             self._problem("timestamp", f"an audio packet with PTS {pts}, out of line with those before", AUDIO)
             return

@@ -1,8 +1,9 @@
 """Coded pictures and audio packets -> an MPEG transport stream in segments, each picture's bytes at once.
 
-FFmpeg's muxer cannot promise what live needs: counters that run on from segment to segment, bytes that are complete
-when a picture is, and stuffing behind every picture so that a reader knows. Writing one program with two streams takes
-less than working around it. ``benchmarks/bench_media.py`` compares the cost.
+FFmpeg's muxer costs the same CPU (``benchmarks/bench_media.py``), but with audio beside it holds each picture until
+sound of its time has come, gathers sound into larger PES packets, starts its counters anew with each file, and leaves
+every 184th picture without the stuffing by which a reader knows its end. One program with two streams is written
+sooner than all that is worked around.
 
 Each segment begins with PAT and PMT and then a keyframe, so it plays alone; played after one another, counters and time
 stamps run on. Audio waits until video of its time is written, so that segments hold the sound of their pictures.

@@ -15,7 +15,7 @@ from gpu_byoc.media.mpegts import CLOCK, WRAP
 JUMP: Final = 10 * CLOCK
 """Steps up to this are normal: a pause, a lost segment. Beyond, a stamp is believed when a second one agrees."""
 _BACK: Final = CLOCK
-"""A step back by less is a late unit, and dropped; by more it is a new start."""
+"""A step back by less is a late unit, and dropped, unless it is trusted; by more it is a new start."""
 _STEP: Final = CLOCK // 25
 """From the end of the old time to the start of the new."""
 
@@ -74,7 +74,7 @@ class Timeline:
             if abs(near) <= JUMP:
                 track.epoch, track.offset = self._epoch, self._offset
                 return self._latest + near if self._latest + near >= last else None
-        if -_BACK < step < 0:
+        if -_BACK < step < 0 and not trusted:
             return None
         agreed = track.doubtful is not None and 0 <= apart(raw, track.doubtful) <= JUMP
         if not (trusted or agreed):

@@ -37,7 +37,7 @@ from aiohttp import web
 from gpu_byoc.config import MIB
 from gpu_byoc.core.cursor import ABSENT, CLOSED, LATEST, RESET, SEQ
 from gpu_byoc.core.trickle import CHANGES, Channel, Limits, Segment, parse_index
-from gpu_byoc.errors import BadRequest, ClientError, ConfigError, TooLarge, Unavailable
+from gpu_byoc.errors import BadRequest, ClientError, ConfigError, Unavailable
 from gpu_byoc.transport.listen import bind, port_of, serve
 from gpu_byoc.transport.trickle_hub import Hub
 
@@ -134,19 +134,15 @@ class TrickleServer:
         segment = channel.publish(parse_index(request.match_info["index"]), bool(request.headers.get(RESET)))
         self.hub.wake()
         _probe(request)
-        headers = {SEQ: str(segment.seq)}
         try:
             wrote = await self._take(request, channel, segment)
-        except BaseException as error:
+        except BaseException:  # a broken body, one over a bound, or cancelled with its connection or the server
             channel.leave(segment)
             self.hub.wake()
-            if isinstance(error, TooLarge):
-                return _text(error.status, str(error), close=True, headers=headers)
-            if isinstance(error, web.RequestPayloadError | ConnectionError):
-                return _text(500, "Server error", close=True, headers=headers)
-            raise  # cancelled with its connection, or with the server
+            raise
         channel.finish(segment)
         self.hub.wake()
+        headers = {SEQ: str(segment.seq)}
         if not wrote and channel.closed:
             headers[CLOSED] = "terminated"
         return _empty(headers, close=not wrote)
@@ -198,8 +194,8 @@ class TrickleServer:
             headers[LATEST] = str(latest)
         response = web.StreamResponse(headers=headers | {"Content-Type": channel.mime})
         await response.prepare(request)
+        seen = 0
         try:
-            seen = 0
             while fresh := await self.hub.fresh(segment, seen):
                 seen += len(fresh)
                 async with asyncio.timeout(self._stall):
@@ -263,6 +259,8 @@ def _answering(handler: _Handler, close: bool = False) -> _Handler:
         except (ClientError, Unavailable) as error:
             after = {"Retry-After": str(error.retry_after)} if error.retry_after else None
             return _text(error.status, str(error), close=close, headers=after)
+        except (web.RequestPayloadError, ConnectionError):
+            return _text(500, "Server error", close=close)
 
     return answer
 

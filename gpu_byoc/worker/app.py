@@ -17,6 +17,7 @@ from gpu_byoc.errors import Draining, ExpectationFailed, GpuByocError, NotReady,
 from gpu_byoc.processor import Processor
 from gpu_byoc.worker import jobs, telemetry
 from gpu_byoc.worker.bodies import Budget, http_error
+from gpu_byoc.worker.streams import Streams
 
 log = logging.getLogger("gpu_byoc.worker")
 
@@ -40,6 +41,7 @@ class Worker:
         self.budget = Budget(config.max_collected)
         self.quiet = asyncio.Event()  # set when the last job ends while draining
         self.began = time.monotonic()
+        self.streams = Streams(self)
         self.metrics = telemetry.Metrics(self)
 
     @property
@@ -48,7 +50,7 @@ class Worker:
             return "LOADING"
         if self.engine.fatal is not None or not (self.engine.alive or self.draining):
             return "ERROR"
-        return "OK" if self.active or self.engine.busy else "IDLE"
+        return "OK" if self.active or self.streams or self.engine.busy else "IDLE"
 
     @property
     def accepts(self) -> bool:
@@ -68,6 +70,7 @@ class Worker:
             names.append("/" + self.config.capability.strip("/"))
         for path in dict.fromkeys(names):
             app.router.add_post(_literal(path), self._job, expect_handler=self._expect)
+        self.streams.add_routes(app)
         for path in ("/stream/status", "/api/stream/status"):
             app.router.add_get(path, _json(lambda: telemetry.status(self)))
         app.router.add_get("/health", self._health)

@@ -130,12 +130,27 @@ async def _drain(worker: Worker, stop: _Stop) -> None:
     """Refuse new jobs and let those in the house finish, within the budget or until a second signal."""
     worker.draining = True
     log.info("stopping: %d jobs in the house", worker.active)
+    await _end_streams(worker, stop)
     if worker.active:
         waits = [asyncio.create_task(event.wait()) for event in (worker.quiet, stop.hurry)]
         await asyncio.wait(waits, timeout=DRAIN_SECONDS - 2.0, return_when=asyncio.FIRST_COMPLETED)
         for task in waits:
             task.cancel()
     log.info("stopped: %d jobs unfinished", worker.active)
+
+
+async def _end_streams(worker: Worker, stop: _Stop) -> None:
+    """Flush the live streams, until the budget or a second signal; then what is left is dropped."""
+    closing = asyncio.create_task(worker.streams.close(DRAIN_SECONDS - 3.0))
+    hurry = asyncio.create_task(stop.hurry.wait())
+    await asyncio.wait([closing, hurry], return_when=asyncio.FIRST_COMPLETED)
+    hurry.cancel()
+    if not closing.done():
+        closing.cancel()
+        await asyncio.wait([closing])
+        await worker.streams.close(0)
+    else:
+        closing.result()
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -67,16 +68,19 @@ def status(worker: Worker) -> dict[str, Any]:
         "state": state,
         "error_message": str(error) if error else None,
         "pipeline_ready": worker.accepts,
-        "active_streams": 0,
+        "active_streams": len(worker.streams),
         "startup_complete": worker.engine is not None,
         "pipeline_state": state,
         "additional_info": {"draining": worker.draining},
-        "client_active": worker.active > 0,
+        "client_active": worker.active + len(worker.streams) > 0,
         "active_jobs": worker.active,
         "uptime_seconds": time.monotonic() - worker.began,
         "processor": processor_name(worker.processor),
         "capability": worker.config.capability,
         "backend": backend_report(worker),
+        "streams": worker.streams.numbers(),
+        "encoder": asdict(worker.streams.encoder) if worker.streams.encoder else None,
+        "insecure": worker.config.insecure,
         "slots": worker.engine.rooms() if worker.engine else [],
         "waiting_frames": worker.engine.batcher.waiting if worker.engine else 0,
         "compute": {"totals": {name: usage_row(usage) for name, usage in totals.items()}, "device": usage_row(device)},
@@ -112,7 +116,7 @@ class Metrics:
         )
         self.errors = Counter("byoc_errors_total", "Errors by type", ["type"], registry=self.registry)
         sessions = Gauge("byoc_sessions_active", "Jobs and streams in the house", registry=self.registry)
-        sessions.set_function(lambda: worker.active)
+        sessions.set_function(lambda: worker.active + len(worker.streams))
         Gauge("byoc_build_info", "Always 1", ["version"], registry=self.registry).labels(VERSION).set(1)
         self.registry.register(_Scrape(worker))
 

@@ -171,26 +171,32 @@ async def scripted(script: Callable[[str, str, Wire], Awaitable[None]]) -> Async
     """A server that answers each request as ``script(method, path, wire)`` writes it, and closes the connection.
     Gives its URL. An error in the script fails the test."""
     failures: list[BaseException] = []
+    running: set[asyncio.Task[None]] = set()
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        wire = Wire(reader, writer)
+    async def handle(wire: Wire) -> None:
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
+            head = await wire.reader.readuntil(b"\r\n\r\n")
             method, path, _ = head.decode().split("\r\n")[0].split(" ")
             await script(method, path, wire)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the client went away
-        except BaseException as error:
+        except Exception as error:
             failures.append(error)
-            raise
         finally:
             await wire.close()
 
-    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        running.add(asyncio.create_task(handle(Wire(reader, writer))))
+
+    listener = await asyncio.start_server(connected, "127.0.0.1", 0)
     try:
         yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/c"
     finally:
         listener.close()
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
         await listener.wait_closed()
     if failures:
         raise failures[0]

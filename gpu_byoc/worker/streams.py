@@ -1,0 +1,188 @@
+"""The table of live streams and its routes: start, stop, params, status."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from gpu_byoc.errors import AllBusy, BadParams, BadRequest, Draining, GpuByocError
+from gpu_byoc.worker.bodies import read_all
+from gpu_byoc.worker.streamparams import StreamParams, Urls, parse_stream_params
+
+if TYPE_CHECKING:
+    from gpu_byoc.media.encode import EncoderChoice
+    from gpu_byoc.worker.app import Worker
+    from gpu_byoc.worker.stream import LiveStream
+
+log = logging.getLogger("gpu_byoc.stream")
+
+MAX_MESSAGE = 1 << 20
+STOP_SECONDS = 6.0
+"""How long a stop waits for the stream to flush before it says so anyway; the stream goes on flushing."""
+
+
+class Streams:
+    """By stream id. Every stream's task is awaited here."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._streams: dict[str, LiveStream] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.encoder: EncoderChoice | None = None  # found out when the first stream starts
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def add_routes(self, app: web.Application) -> None:
+        for prefix in ("/stream", "/api/stream"):
+            app.router.add_post(f"{prefix}/start", self.start)
+            app.router.add_post(f"{prefix}/stop", self.stop)
+            for name in ("params", "update"):
+                app.router.add_post(f"{prefix}/{name}", self.update)
+        app.router.add_post("/live-video-to-video", self.start)
+
+    def numbers(self) -> list[dict[str, Any]]:
+        return [stream.numbers() for stream in self._streams.values()]
+
+    # --- routes
+
+    async def start(self, request: web.Request) -> web.Response:
+        worker = self._worker
+        if worker.draining:
+            raise Draining("the worker is shutting down; start the stream elsewhere")
+        worker.ready_engine()
+        body = await self._json(request)
+        name, urls = _name(request, body), _urls(body)
+        try:
+            params = parse_stream_params(worker.processor, body.get("params"))
+        except BadParams as error:  # the network's own workers answer 400 here
+            return web.json_response(error.body(), status=400)
+        # Media code is loaded with the first stream, off the loop: a worker of jobs alone never needs it.
+        encoder = await asyncio.to_thread(_choose_encoder, worker.config.encoder)
+        if self.encoder is None:
+            self.encoder = encoder
+            log.info("encoder %s: %s", encoder.name, encoder.reason)
+        stream = self._make(name, urls, params, encoder.name)
+        task = asyncio.create_task(self._run(stream))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return self._success("Stream started successfully", request_id=name)
+
+    async def stop(self, request: web.Request) -> web.Response:
+        stream = self._find(request, await self._any_json(request), "stop")
+        stream.stop("stop was asked for")
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await stream.ended.wait()
+        except TimeoutError:
+            pass
+        return self._success("Stream stopped successfully")
+
+    async def update(self, request: web.Request) -> web.Response:
+        body = await self._json(request)
+        name = body.pop("gateway_request_id", None)
+        stream = self._find(request, {"gateway_request_id": name}, "update")
+        stream.update(body)
+        return self._success("Parameters updated successfully")
+
+    def _make(self, name: str, urls: Urls, params: StreamParams, encoder: str) -> LiveStream:
+        from gpu_byoc.worker.stream import LiveStream
+
+        if name in self._streams:
+            raise BadRequest(f"stream already exists: {name}")
+        if len(self._streams) >= self._worker.config.max_streams:
+            raise AllBusy(f"{len(self._streams)} streams are running, --max-streams allows no more; try elsewhere")
+        stream = self._streams[name] = LiveStream(self._worker, name, urls, params, encoder)
+        return stream
+
+    # --- the end
+
+    async def close(self, seconds: float) -> None:
+        """Stop all in good order; after ``seconds`` drop what is left."""
+        for stream in self._streams.values():
+            stream.stop("the worker is shutting down")
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _run(self, stream: LiveStream) -> None:
+        try:
+            await stream.run()
+        finally:
+            del self._streams[stream.name]
+
+    # --- requests
+
+    def _success(self, message: str, **more: str) -> web.Response:
+        return web.json_response({"status": "success", "message": message, **more, "current_state": self._worker.state})
+
+    async def _json(self, request: web.Request) -> dict[str, Any]:
+        if not request.content_type.startswith("application/json"):
+            raise BadRequest(f"Content-Type {request.content_type!r}; expected application/json")
+        text = await read_all(request, MAX_MESSAGE, self._worker.config.body_timeout, self._worker.budget)
+        self._worker.budget.give(len(text))
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"the body is not JSON: {error}") from error
+        if not isinstance(body, dict):
+            raise BadRequest("the body is not a JSON object")
+        return body
+
+    async def _any_json(self, request: web.Request) -> dict[str, Any]:
+        """Stop takes any body or none."""
+        try:
+            return await self._json(request)
+        except GpuByocError:
+            return {}
+
+    def _find(self, request: web.Request, body: Mapping[str, Any], what: str) -> LiveStream:
+        """By header, by body, or the only one there is."""
+        name = request.headers.get("X-Stream-Id") or body.get("gateway_request_id")
+        if isinstance(name, str) and name:
+            if name not in self._streams:
+                raise BadRequest(f"No active stream to {what}: no stream {name!r} is running")
+            return self._streams[name]
+        if not self._streams:
+            raise BadRequest(f"No active stream to {what}")
+        if len(self._streams) > 1:
+            raise BadRequest(f"which stream? X-Stream-Id or gateway_request_id is one of: {', '.join(self._streams)}")
+        return next(iter(self._streams.values()))
+
+
+def _choose_encoder(wanted: str) -> EncoderChoice:
+    from gpu_byoc.media.encode import choose_encoder
+    from gpu_byoc.worker import stream as _loads_the_rest  # noqa: F401
+
+    return choose_encoder(wanted)
+
+
+def _name(request: web.Request, body: Mapping[str, Any]) -> str:
+    name = request.headers.get("X-Stream-Id") or body.get("gateway_request_id")
+    if name is None:
+        return uuid.uuid4().hex[:8]
+    if not isinstance(name, str) or not name.strip() or len(name) > 200 or not name.isprintable():
+        raise BadRequest("gateway_request_id is to be a text of 1 to 200 printable characters")
+    return name
+
+
+def _urls(body: Mapping[str, Any]) -> Urls:
+    found: dict[str, str | None] = {}
+    for name in Urls.__dataclass_fields__:
+        url = body.get(f"{name}_url")
+        if url is None or (isinstance(url, str) and not url.strip()):
+            continue
+        if not isinstance(url, str) or urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+            raise BadRequest(f"{name}_url is not an http or https URL")
+        found[name] = url.strip()
+    return Urls(**found)

@@ -1,0 +1,346 @@
+"""Live streams through a real trickle server and a real worker: green, in order, with audio, and independent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from gpu_byoc.config import EngineConfig
+from gpu_byoc.core.trickle import Limits
+from gpu_byoc.processor import ArrayProcessor, Processor
+from gpu_byoc.processors.green_tint import GreenTint
+from gpu_byoc.processors.passthrough import Passthrough
+from gpu_byoc.transport.listen import bind, port_of, serve
+from gpu_byoc.transport.trickle_client import Publisher, Subscriber, open_session
+from gpu_byoc.transport.trickle_server import TrickleServer
+from tests.support.clips import frames, live_stream, packets, remuxed
+from tests.support.workers import Running, asynchronous, running
+
+CHANNELS = {"": "video/MP2T", "-out": "video/MP2T", "-control": "application/json", "-events": "application/json"}
+
+
+@dataclass
+class Rig:
+    """A trickle server beside a worker."""
+
+    worker: Running
+    server: TrickleServer
+    base: str
+
+    def urls(self, name: str) -> dict[str, str]:
+        url = self.base + name
+        return {
+            "gateway_request_id": name,
+            "subscribe_url": url,
+            "publish_url": url + "-out",
+            "control_url": url + "-control",
+            "events_url": url + "-events",
+            "data_url": url + "-data",
+        }
+
+    def create(self, name: str) -> None:
+        for suffix, mime in (CHANNELS | {"-data": "application/jsonl"}).items():
+            self.server.hub.create(name + suffix, mime)
+
+    def delete(self, name: str) -> None:
+        self.server.hub.delete(name)
+
+    async def call(self, what: str, body: Any = None, **headers: str) -> tuple[int, dict[str, Any]]:
+        named = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        url = f"{self.worker.url}/{what}"
+        async with self.worker.session.post(url, data=json.dumps(body or {}), headers=named) as answer:
+            return answer.status, await answer.json()
+
+    async def until_over(self) -> None:
+        await self.worker.until(lambda: len(self.worker.worker.streams) == 0)
+
+
+@dataclass
+class Viewer:
+    """What comes out of one stream."""
+
+    media: bytes = b""
+    segments: list[bytes] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def kinds(self) -> list[str]:
+        return [event["event"]["type"] for event in self.events]
+
+
+@contextlib.asynccontextmanager
+async def rig(
+    processor: Processor | None = None, engine: EngineConfig | None = None, **config: Any
+) -> AsyncIterator[Rig]:
+    server = TrickleServer(Limits())
+
+    app = web.Application(client_max_size=1 << 30)
+    server.mount(app, "/ai/trickle/")
+    sock = bind("127.0.0.1", 0)
+    runner = await serve(app, sock, shutdown=1.0)
+    try:
+        async with running(processor or GreenTint(), engine, lossless=True, **config) as worker:
+            yield Rig(worker, server, f"http://127.0.0.1:{port_of(sock)}/ai/trickle/")
+            await worker.worker.streams.close(5)
+            assert worker.free() == 0, "every slot came back"
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def watching(r: Rig, name: str) -> AsyncIterator[Viewer]:
+    """Read a stream's output, events and data until their channels are closed."""
+    viewer = Viewer()
+
+    async def media() -> None:
+        async with Subscriber(session, r.base + name + "-out", start=0) as segments:
+            async for segment in segments:
+                data = await segment.read()
+                viewer.media += data
+                viewer.segments.append(data)
+
+    async def news(suffix: str, into: list[dict[str, Any]]) -> None:
+        async with Subscriber(session, r.base + name + suffix, start=0) as segments:
+            async for segment in segments:
+                into += [json.loads(line) for line in (await segment.read()).splitlines() if line]
+
+    async with open_session() as session:
+        tasks = [
+            asyncio.create_task(each) for each in (media(), news("-events", viewer.events), news("-data", viewer.lines))
+        ]
+        try:
+            yield viewer
+        finally:
+            for suffix in ("-out", "-events", "-data", "-control"):
+                r.server.hub.delete(name + suffix)
+            async with asyncio.timeout(20):
+                await asyncio.gather(*tasks)
+
+
+async def publish(r: Rig, name: str, segments: list[bytes], close: bool = True) -> None:
+    async with open_session() as session, Publisher(session, r.base + name, "video/MP2T", delete=close) as publisher:
+        for data in segments:
+            await publisher.send(data)
+        if close:  # what was sent last must be read before the channel goes
+            await r.worker.until(lambda: _taken(r, name) >= len(segments))
+
+
+def _taken(r: Rig, name: str) -> int:
+    stream = r.worker.worker.streams._streams.get(name)
+    return 10**9 if stream is None else stream.segments_in
+
+
+def clip(count: int = 20, parts: int = 2, **options: Any) -> list[bytes]:
+    """Segments of ``count`` pictures each, timestamps continuing."""
+    return [live_stream(count, first=90_000 + part * count * 3600, gop=count, **options) for part in range(parts)]
+
+
+@asynchronous
+async def test_a_stream_comes_out_green_in_order_with_its_audio() -> None:
+    async with rig() as r:
+        r.create("s")
+        async with watching(r, "s") as viewer:
+            status, answer = await r.call("stream/start", r.urls("s") | {"params": {"boost": 60}})
+            assert status == 200
+            assert answer["status"] == "success"
+            assert answer["request_id"] == "s"
+            source = [remuxed()]
+            await publish(r, "s", source)
+            await r.until_over()
+        before, after = packets(b"".join(source)), packets(viewer.media)
+        shown = [p.pts for p in after if p.video]
+        assert shown == sorted(p.pts for p in before if p.video), "each picture once, in the order of showing"
+        sound_in = [(p.pts, p.data) for p in before if not p.video]
+        sound_out = [(p.pts, p.data) for p in after if not p.video]
+        assert sound_out == sound_in
+        for old, new in zip(frames(b"".join(source)), frames(viewer.media), strict=True):
+            a, b = (f.to_ndarray(format="rgb24").astype(int) for f in (old, new))
+            expected = np.minimum(a[..., 1], 255 - 60) + 60
+            assert abs(b[..., 1] - expected).mean() < 6
+            assert abs(b[..., 0] - a[..., 0]).mean() < 6
+        for segment in viewer.segments:
+            assert packets(segment)[0].key, "each segment starts with a keyframe and stands alone"
+        kinds = viewer.kinds()
+        assert kinds.count("heartbeat") >= 1
+        for kind in ("stream_started", "receive_first_ingest_segment", "send_first_processed_segment"):
+            assert kinds.count(kind) == 1, kind
+        last = viewer.events[-1]
+        assert last["queue_event_type"] == "stream_heartbeat"
+        assert last["event"]["state"] == "ended"
+        assert viewer.lines
+        assert {"type", "second", "compute_seconds"} <= set(viewer.lines[0])
+        assert r.worker.worker.engine is not None
+        assert "s" not in r.worker.worker.engine.usage()[1], "its totals left the table with it"
+
+
+@asynchronous
+async def test_streams_share_batches_and_one_does_not_disturb_another() -> None:
+    async with rig(Passthrough(), EngineConfig(slots=24, max_batch=8)) as r:
+        names = [f"s{i}" for i in range(4)]
+        for name in names:
+            r.create(name)
+        async with contextlib.AsyncExitStack() as stack:
+            viewers = [await stack.enter_async_context(watching(r, name)) for name in names]
+            for name in names:
+                assert (await r.call("stream/start", r.urls(name)))[0] == 200
+            status = await r.worker.get("/stream/status")
+            assert status["active_streams"] == 4
+            assert (await r.call("stream/start", {"gateway_request_id": 5}))[0] == 400
+            assert (await r.call("stream/start", r.urls("bad") | {"params": {"width": 3}}))[0] == 400
+            assert (await r.call("stream/start", r.urls("s0")))[0] == 400, "exists already"
+            segments = clip(20, 3)
+            others = [publish(r, name, segments) for name in names[1:]]
+            broken = [segments[0], b"\x47" + b"\xff" * 187 * 50, bytes(5000), segments[2]]
+            await asyncio.gather(publish(r, names[0], broken), *others)
+            await r.until_over()
+        for viewer in viewers[1:]:
+            assert [p.pts for p in packets(viewer.media)] == [p.pts for p in packets(b"".join(segments))]
+        assert [p.pts for p in packets(viewers[0].media)] == [p.pts for p in packets(segments[0] + segments[2])]
+        assert viewers[0].events[-1]["event"]["problems"], "what was wrong is counted"
+
+
+@asynchronous
+async def test_parameters_change_between_frames_and_bad_ones_are_refused() -> None:
+    async with rig() as r:
+        r.create("s")
+        async with watching(r, "s") as viewer:
+            await r.call("stream/start", r.urls("s") | {"params": {"boost": 0}})
+            source = clip(10, 3)
+            await publish(r, "s", source[:1], close=False)
+            stream = r.worker.worker.streams._streams["s"]
+            await r.worker.until(lambda: stream.session.frames_out == 10)
+            status, answer = await r.call("stream/params", {"boost": 999})
+            assert status == 422
+            assert answer["field"] == "boost"
+            assert (await r.call("api/stream/update", {"boost": 100}, X_Stream_Id="s"))[0] == 200
+            async with open_session() as session, Publisher(session, r.base + "s", "video/MP2T") as publisher:
+                await publisher.send(source[1])
+                await r.worker.until(lambda: stream.session.frames_out == 20)
+                for message in ({"keep": "alive"}, {"boost": -1}, {"boost": 0}):
+                    r.server.hub.write("s-control", json.dumps(message).encode())
+                await r.worker.until(lambda: stream.params.processor.boost == 0)
+                await publisher.send(source[2])
+                await r.worker.until(lambda: stream.session.frames_out == 30)
+            assert (await r.call("stream/stop"))[0] == 200
+            await r.until_over()
+        old, new = frames(b"".join(source)), frames(viewer.media)
+        green = [f.to_ndarray(format="rgb24")[..., 1].astype(int).mean() for f in new]
+        plain = [f.to_ndarray(format="rgb24")[..., 1].astype(int).mean() for f in old]
+        raised = [b - a > 40 for a, b in zip(plain, green, strict=True)]
+        assert raised == [False] * 10 + [True] * 10 + [False] * 10
+        errors = [e["event"] for e in viewer.events if e["event"]["type"] == "error"]
+        assert [e["field"] for e in errors] == ["boost"]
+        assert viewer.kinds().count("params_updated") == 2
+        assert viewer.kinds().count("stream_stopped") == 1
+
+
+@asynchronous
+async def test_addressing_limits_and_the_end_of_control() -> None:
+    async with rig(max_streams=2) as r:
+        status, answer = await r.call("stream/stop")
+        assert status == 400
+        assert "No active stream to stop" in answer["message"]
+        assert (await r.call("stream/params", {"boost": 1}))[0] == 400
+        for name in ("a", "b"):
+            r.create(name)
+            assert (await r.call("live-video-to-video", r.urls(name)))[0] == 200
+        status, answer = await r.call("stream/start", r.urls("c"))
+        assert status == 503
+        assert answer["error"] == "all_busy"
+        status, answer = await r.call("stream/stop")
+        assert status == 400
+        assert "one of: a, b" in answer["message"]
+        assert (await r.call("stream/stop", {"gateway_request_id": "a"}))[0] == 200
+        r.server.hub.delete("b-control")
+        await r.until_over()
+        assert (await r.worker.get("/health")) == {"status": "IDLE"}
+
+
+@asynchronous
+async def test_a_stream_whose_channels_are_not_there_ends_with_a_reason() -> None:
+    async with rig() as r:
+        r.server.hub.create("s-events", "application/json")
+        async with watching_events(r, "s") as events:
+            assert (await r.call("stream/start", r.urls("s")))[0] == 200
+            await r.until_over()
+        assert [e["event"]["type"] for e in events][-1] == "heartbeat"
+        assert events[-1]["event"]["state"] in ("failed", "ended")
+
+
+@contextlib.asynccontextmanager
+async def watching_events(r: Rig, name: str) -> AsyncIterator[list[dict[str, Any]]]:
+    events: list[dict[str, Any]] = []
+
+    async def read() -> None:
+        async with Subscriber(session, f"{r.base}{name}-events", start=0) as segments:
+            async for segment in segments:
+                events.append(json.loads(await segment.read()))
+
+    async with open_session() as session:
+        task = asyncio.create_task(read())
+        try:
+            yield events
+        finally:
+            r.server.hub.delete(f"{name}-events")
+            await task
+
+
+@pytest.mark.parametrize("poison", [True, False])
+def test_a_processor_that_fails_for_one_stream_fails_those_frames_only(poison: bool) -> None:
+    class Picky(ArrayProcessor):
+        def process_batch(self, batch: Any, params: Any, xp: Any) -> Any:
+            if poison and (batch.shape[2] == 32):
+                raise ValueError("too small")
+            return batch
+
+    @asynchronous
+    async def go() -> None:
+        async with rig(Picky()) as r:
+            for name in ("small", "large"):
+                r.create(name)
+            async with watching(r, "small") as small, watching(r, "large") as large:
+                for name in ("small", "large"):
+                    assert (await r.call("stream/start", r.urls(name)))[0] == 200
+                await asyncio.gather(publish(r, "small", clip(10, 2, size=(32, 32))), publish(r, "large", clip(10, 2)))
+                await r.until_over()
+            assert len(frames(large.media)) == 20
+            if poison:
+                assert small.media == b""
+                assert small.events[-1]["event"]["dropped"] == {"processor_failed": 20}
+            else:
+                assert len(frames(small.media)) == 20
+
+    go()
+
+
+@asynchronous
+async def test_size_and_frame_rate_on_request_and_a_change_of_size_in_the_middle() -> None:
+    async with rig(Passthrough()) as r:
+        r.create("s")
+        async with watching(r, "s") as viewer:
+            params = {"width": 32, "height": "32", "max_framerate": 13}
+            assert (await r.call("stream/start", r.urls("s") | {"params": params}))[0] == 200
+            later = live_stream(20, (96, 64), first=90_000 + 20 * 3600, gop=20)
+            await publish(r, "s", [*clip(20, 1), later])
+            await r.until_over()
+        shown = frames(viewer.media)
+        assert {(f.width, f.height) for f in shown} == {(32, 32)}
+        assert len(shown) == 20, "every second frame"
+        assert viewer.events[-1]["event"]["dropped"] == {"framerate": 20}
+
+    async with rig(Passthrough()) as r:
+        r.create("s")
+        async with watching(r, "s") as viewer:
+            await r.call("stream/start", r.urls("s"))
+            await publish(r, "s", [*clip(20, 1), later])
+            await r.until_over()
+        sizes = [(f.width, f.height) for segment in viewer.segments for f in frames(segment)]
+        assert sizes == [(64, 48)] * 20 + [(96, 64)] * 20
