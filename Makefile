@@ -89,12 +89,12 @@ $(VENV):
 	touch "$@"
 
 $(RUN): | $(VENV)
-	@$(call quietly,$(PIP) --no-build-isolation --editable .)
+	@$(call quietly,$(PIP) --no-build-isolation --editable ".[page]")
 	rm -f .venv/.run-*
 	touch "$@"
 
 $(DEV): | $(RUN)
-	@$(call quietly,$(PIP) --no-build-isolation --editable ".[dev$(comma)bench]")
+	@$(call quietly,$(PIP) --no-build-isolation --editable ".[dev$(comma)bench$(comma)page]")
 	rm -f .venv/.dev-*
 	touch "$@"
 

@@ -22,6 +22,10 @@ _CURES: Final = {
 }
 
 
+PACKAGES = {"torch": "torch", "cupy": "cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"}
+"""What the extra of that name brings, as pip is told it: right in a checkout and where only the wheel is installed."""
+
+
 def device_index(device: str | None) -> int | None:
     """``None`` and ``cuda`` -> 0, ``cuda:N`` -> N; None for anything else."""
     match = re.fullmatch(r"cuda(?::(\d{1,3}))?", device or "cuda")
@@ -36,13 +40,13 @@ def dotted(version: int) -> str:
 def import_problem(module: str, extra: str) -> str | None:
     """Why ``module`` cannot be imported, or None. A missing module is not imported to find that out."""
     if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed: pip install 'gpu-byoc[{extra}]'"
+        return f"{module} is not installed: pip install {PACKAGES[extra]}"
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken wheel raises whatever it likes: ImportError, OSError, RuntimeError
         return (
             f"{module} is installed but does not import ({type(error).__name__}: {error}): "
-            f"reinstall it with pip install --force-reinstall 'gpu-byoc[{extra}]'"
+            f"reinstall it with pip install --force-reinstall {PACKAGES[extra]}"
         )
     return None
 

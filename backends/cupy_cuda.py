@@ -115,5 +115,5 @@ def _cuda_problem(index: int) -> str | None:
     try:
         nvrtc.getVersion()
     except RuntimeError as error:
-        return f"cupy finds no NVRTC to compile kernels with ({error}): pip install 'gpu-byoc[cupy]' brings its wheel"
+        return f"cupy finds no NVRTC to compile kernels with ({error}): pip install nvidia-cuda-nvrtc-cu12"
     return None

@@ -72,8 +72,8 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path / "with space")
 
 
-RUN = ["setuptools", "--no-build-isolation --editable ."]
-DEV = ["--no-build-isolation --editable .[dev,bench]"]
+RUN = ["setuptools", "--no-build-isolation --editable .[page]"]
+DEV = ["--no-build-isolation --editable .[dev,bench,page]"]
 TORCH = ["torch==2.13.0"]
 
 

@@ -73,15 +73,17 @@ def track_of(codec: AudioCodec, data: bytes | bytearray | memoryview, channels: 
 class OpusTranscoder:
     """MPEG audio -> Opus, 48 kHz, at most two channels, 20 ms a packet.
 
-    ``convert`` after each packet, ``flush`` at the end. Output starts where the input's time stamps say and is set anew
-    whenever they disagree with the samples counted by more than one Opus frame: audio never drifts away from video by
-    more than that. Packets that cannot be decoded are counted in ``failures`` and leave a gap.
+    ``convert`` each packet, ``flush`` at the end. Output starts where the input's time stamps say, and where they differ
+    from the samples counted by more than one Opus frame they win: a gap stays a gap, and of a sender that sends more
+    than its time stamps have room for, frames are left out (``skipped``). So audio stays within a frame of video.
+    Packets that cannot be decoded are counted in ``failures`` and leave a gap.
     """
 
     def __init__(self, track: AudioTrack) -> None:
         self.source = track
         self.track = AudioTrack("opus", OPUS_RATE, min(track.channels, 2) or 2)
         self.failures = 0
+        self.skipped = 0
         self._decoder = AudioCodecContext.create("mp3", "r")  # layers I to III alike
         self._decoder.thread_count = 1
         self._begin()
@@ -132,7 +134,10 @@ class OpusTranscoder:
         done: list[AudioPacket] = []
         if self._start is not None:
             expected = self._start + _ticks(self._taken)
-            if abs(pts - expected) > _ticks(_OPUS_FRAME):
+            if pts < expected - _ticks(_OPUS_FRAME):
+                self.skipped += 1
+                return done
+            if pts > expected + _ticks(_OPUS_FRAME):
                 done += self.flush()
         if self._start is None:
             self._start = pts

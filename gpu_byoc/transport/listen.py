@@ -42,9 +42,15 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def serve(app: web.Application, sock: socket.socket, shutdown: float) -> web.AppRunner:
     """Serve ``app`` on ``sock``. The caller ends it with ``runner.cleanup()``, which waits up to ``shutdown`` seconds
-    for handlers. A handler is cancelled when its client goes away."""
+    for handlers. A handler is cancelled when its client goes away. Bodies are not decompressed: one that is longer than
+    its Content-Length says is how requests are smuggled through a relay."""
     runner = web.AppRunner(
-        app, access_log=None, handler_cancellation=True, shutdown_timeout=shutdown, read_bufsize=READ_BUFFER
+        app,
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=shutdown,
+        read_bufsize=READ_BUFFER,
+        auto_decompress=False,
     )
     await runner.setup()
     try:

@@ -34,7 +34,7 @@ class Publisher:
 
     Raises:
         ChannelMissing: there is no such channel.
-        ChannelClosed: it has been closed; ``ended`` is set.
+        ChannelClosed: it has been closed. ``ended`` says so as soon as the server does, also between segments.
         ChannelFailed: the server stays away, or several segments in a row were lost.
     """
 
@@ -82,7 +82,7 @@ class Publisher:
         if self._place is None:
             raise RuntimeError("a publisher opens segments inside of its `async with` block")
         if self.ended:
-            raise self.gone(self.ended)
+            raise self.closed(self.ended)
         while True:
             segment = self._ahead or self._post(self._place)
             self._ahead = None
@@ -116,8 +116,7 @@ class Publisher:
             self._delete = False
             await self._delete_channel()
 
-    def gone(self, end: End) -> ChannelClosed:
-        self.ended = end
+    def closed(self, end: End) -> ChannelClosed:
         return ChannelClosed(f"{self.url} is closed ({end.why}) and takes nothing more")
 
     async def release(self, seq: int) -> None:
@@ -225,9 +224,11 @@ class OutgoingSegment:
     async def outcome(self) -> Stored | Skip:
         """What became of a segment that is settled."""
         self._publisher.forget(self)
+        if self.task.cancelled():
+            raise SegmentFailed(self.seq, f"cut off after {self.sent} bytes")
         done = self.task.result()
         if isinstance(done, End):
-            raise self._publisher.gone(done)
+            raise self._publisher.closed(done)
         return done
 
     async def next_piece(self, last: bool) -> bytes | None:
@@ -251,6 +252,9 @@ class OutgoingSegment:
                 await self._taken.wait()
         except TimeoutError:
             await self._stuck("the server takes no more")
+        except BaseException:  # cancelled, with the piece perhaps on its way: this segment cannot become whole any more
+            self.task.cancel()
+            raise
 
     async def _stuck(self, what: str) -> None:
         await self.abort()
@@ -264,6 +268,8 @@ class OutgoingSegment:
                 decision = await self._attempt(body)
             except (aiohttp.ClientError, OSError) as error:
                 decision = self._place.failed(self.seq, words(error), self.sent)
+            if isinstance(decision, End):
+                self._publisher.ended = decision
             if not isinstance(decision, Retry):
                 return decision
             await asyncio.sleep(decision.after)

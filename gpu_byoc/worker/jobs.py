@@ -70,6 +70,9 @@ async def handle(worker: Worker, request: web.Request) -> web.StreamResponse:
         raise TooLarge(f"a body of {length} bytes; the limit is {worker.config.max_body} (--max-body-mb)")
     if not request.body_exists or length == 0:
         return _keep_alive(worker)
+    coding = request.headers.get("Content-Encoding", "identity")
+    if coding.lower() != "identity":
+        raise UnsupportedMedia(f"Content-Encoding {coding!r:.40}; send the body as it is")
     media, fields = parse_content_type(request.headers.get("Content-Type", RAW))
     if media == RAW and length is not None:
         response = await _raw(worker, request, parse_raw(worker, request.headers, fields, length), None)

@@ -17,7 +17,7 @@ from gpu_byoc.processors._green_tint_cuda import SOURCE
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_it_compiles_to_machine_code_without_a_gpu(arch: str) -> None:
     if importlib.util.find_spec("cupy") is None:
-        pytest.skip("cupy is not installed (pip install 'gpu-byoc[cupy]')")
+        pytest.skip("cupy is not installed (pip install cupy-cuda12x)")
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(SOURCE, "green_tint.cu", (), ())

@@ -370,6 +370,27 @@ async def test_an_aborted_segment_never_looks_whole(how: str) -> None:
 
 
 @asynchronous
+async def test_a_write_that_was_cancelled_spoils_its_segment() -> None:
+    async def script(method: str, path: str, wire: Wire) -> None:
+        await asyncio.sleep(30)
+
+    async with (
+        scripted(script) as url,
+        open_session() as session,
+        Publisher(session, url, "video/MP2T", first=0) as publisher,
+    ):
+        segment = await publisher.open()
+        writing = asyncio.create_task(segment.write(bytes(64 << 20)))
+        while not segment.sent:
+            await asyncio.sleep(0)
+        writing.cancel()
+        await asyncio.wait([writing])
+        for call in (segment.write(b"more"), segment.close()):
+            with pytest.raises(SegmentFailed, match="cut off after"):
+                await call
+
+
+@asynchronous
 async def test_before_its_first_byte_a_broken_post_is_repeated() -> None:
     posts: list[str] = []
     third = asyncio.Event()
@@ -443,10 +464,11 @@ async def test_a_channel_that_is_closed_takes_nothing_more() -> None:
     async with running("a") as at, Publisher(at.session, at.url + "a", "video/MP2T") as publisher:
         await publisher.send(b"x")
         at.hub.delete("a")
+        await settled(publisher)
+        assert publisher.ended == End("closed"), "told without being asked"
         for _ in range(2):
             with pytest.raises(ChannelClosed, match=r"/a is closed \(closed\)"):
                 await publisher.send(b"y")
-        assert publisher.ended == End("closed")
 
 
 @asynchronous

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 import socket
 import threading
@@ -189,6 +190,16 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read() -> None:
             assert head.startswith(b"HTTP/1.1 413")
             writer.close()
             await writer.wait_closed()
+
+
+@asynchronous
+async def test_a_compressed_body_is_refused_and_not_inflated() -> None:
+    async with running(GreenTint()) as r:
+        for data in (gzip.compress(bytes(300)), b"no gzip at all"):
+            status, _, body = await r.post(data, Content_Encoding="gzip")
+            assert status == 415
+            assert "gzip" in error(body)["message"]
+        assert (await r.post(bytes(300)))[0] == 200
 
 
 @asynchronous

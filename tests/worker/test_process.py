@@ -149,7 +149,7 @@ def test_a_taken_port_names_its_owner() -> None:
     ("arguments", "says"),
     [
         (("--backend", "nope"), "no backend named 'nope'"),
-        (("--backend", "cupy"), "pip install 'gpu-byoc[cupy]'"),
+        (("--backend", "cupy"), "pip install cupy-cuda12x"),
         (("--backend", "numpy", "--device", "cuda:0"), "numpy runs on cpu"),
         (("--processor", "nope"), "no processor named 'nope'"),
         (("--processor", "json:JSONDecoder"), "not a subclass"),
