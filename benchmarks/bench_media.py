@@ -1,8 +1,8 @@
 """CPU of one live frame: what PyAV alone needs (the floor), and our blocks from TS bytes to TS bytes.
 
 Floor: decode, yuv420p -> rgb24, rgb24 -> yuv420p, encode, each over the same frames with our settings and one thread,
-converters used again, nothing copied and nothing muxed. The blocks do all of that, and read the transport stream, put every frame into
-a slot, take it from there, and write segments. Then what was weighed: threads, copies, FFmpeg's muxer.
+converters used again, nothing copied and nothing muxed. The blocks do all of that, and read the transport stream, put
+every frame into a slot, take it from there, and write segments. Then what was weighed: threads, copies, FFmpeg's muxer.
 
 CPU is ``time.process_time``, so threads that a library starts count; rounds alternate, medians over rounds.
 """

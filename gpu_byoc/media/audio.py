@@ -73,9 +73,9 @@ def track_of(codec: AudioCodec, data: bytes | bytearray | memoryview, channels: 
 class OpusTranscoder:
     """MPEG audio -> Opus, 48 kHz, at most two channels, 20 ms a packet.
 
-    ``convert`` each packet, ``flush`` at the end. Output starts where the input's time stamps say, and where they differ
-    from the samples counted by more than one Opus frame they win: a gap stays a gap, and of a sender that sends more
-    than its time stamps have room for, frames are left out (``skipped``). So audio stays within a frame of video.
+    ``convert`` each packet, ``flush`` at the end. Output starts where the input's time stamps say, and where they
+    differ from the samples counted by more than one Opus frame they win: a gap stays a gap, and of a sender that sends
+    more than its time stamps have room for, frames are left out (``skipped``). Audio stays within a frame of video.
     Packets that cannot be decoded are counted in ``failures`` and leave a gap.
     """
 

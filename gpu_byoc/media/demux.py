@@ -410,8 +410,11 @@ class Demuxer:
         for lane in self._lanes.values():
             if lane.active:
                 self._lose(lane, "tables", f"the program changed inside of {lane.name} data")
+        replaced = bool(self._lanes)
         self._streams = chosen
         self._lanes = {each.pid: _Lane(VIDEO if each is video else AUDIO, each) for each in chosen}
+        for lane in self._lanes.values():
+            lane.gap = replaced  # what comes first there does not follow what came last
         self._audio = None
         self._tell()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -29,7 +30,6 @@ from gpu_byoc.errors import (
     ProcessorError,
     SegmentFailed,
 )
-from gpu_byoc.media.decode import VideoInfo
 from gpu_byoc.media.mux import Piece
 from gpu_byoc.processor import pixel_format
 from gpu_byoc.transport.trickle_client import OutgoingSegment, Publisher, Subscriber
@@ -65,6 +65,7 @@ class LiveStream:
         self.urls = urls
         self.params = params
         self.session = Session(time.monotonic())
+        self._books = threading.Lock()  # over the session's numbers, which the pump's threads write
         self.ended = asyncio.Event()
         self._worker = worker
         self._engine = worker.ready_engine()
@@ -113,7 +114,8 @@ class LiveStream:
         self._has_news.set()
 
     def numbers(self) -> dict[str, Any]:
-        return {"stream_id": self.name, "params": dict(self.params.given), **self.session.numbers()}
+        with self._books:
+            return {"stream_id": self.name, "params": dict(self.params.given), **self.session.numbers()}
 
     # --- its life
 
@@ -175,12 +177,12 @@ class LiveStream:
         async with Subscriber(http, url, backoff=PATIENCE) as segments:
             async for segment in segments:
                 if segment.skipped:
-                    self.session.problems["segments_skipped"] += segment.skipped
+                    self._problem("segments_skipped", segment.skipped)
                 try:
                     async for chunk in segment:
                         await self._source.put(Arrival(chunk, time.monotonic()), len(chunk))
                 except SegmentFailed as error:
-                    self.session.problems["segment_failed"] += 1
+                    self._problem("segment_failed")
                     log.warning("stream %s: %s", self.name, error)
                 except Closed:
                     return
@@ -218,7 +220,7 @@ class LiveStream:
                 failures += 1
                 if failures > 5:
                     raise
-                self.session.problems["publisher_restarted"] += 1
+                self._problem("publisher_restarted")
                 log.warning("stream %s: publishing anew: %s", self.name, error)
                 await asyncio.sleep(min(0.25 * 2**failures, 5.0))
 
@@ -265,7 +267,7 @@ class LiveStream:
             pass  # the next ``open`` says so
 
     def _segment_lost(self, error: SegmentFailed) -> None:
-        self.session.problems["segment_lost"] += 1
+        self._problem("segment_lost")
         log.warning("stream %s: output %s", self.name, error)
 
     # --- the three small channels
@@ -285,7 +287,7 @@ class LiveStream:
         try:
             data: bytes = await message.read(MESSAGE_BYTES)
         except SegmentFailed as error:
-            self.session.problems["control"] += 1
+            self._problem("control")
             log.warning("stream %s: control: %s", self.name, error)
             return b""
         return data
@@ -307,7 +309,7 @@ class LiveStream:
                 self._refused(error)
 
     def _refused(self, error: BadParams) -> None:
-        self.session.problems["params"] += 1
+        self._problem("params")
         self.tell("error", **error.body())
 
     async def _heart(self) -> None:
@@ -329,10 +331,11 @@ class LiveStream:
         }
         self._lines.append(json.dumps({"type": "compute", "stream_id": self.name, **row}).encode() + b"\n")
         self._has_lines.set()
-        numbers = self.session.numbers()
+        with self._books:
+            numbers, fps = self.session.numbers(), self.session.beat(now)
         return {
             "stream_id": self.name,
-            "fps": self.session.beat(now),
+            "fps": fps,
             "compute": row,
             "urls": {name: getattr(self.urls, name) is not None for name in Urls.__dataclass_fields__},
             **{name: numbers[name] for name in ("state", "dropped", "problems", "latency_seconds", "dimensions")},
@@ -353,7 +356,7 @@ class LiveStream:
             except ChannelClosed:
                 return
             except (ChannelFailed, SegmentFailed) as error:
-                self.session.problems["events"] += 1
+                self._problem("events")
                 log.warning("stream %s: events: %s", self.name, error)
                 await asyncio.sleep(HEARTBEAT)
 
@@ -379,7 +382,7 @@ class LiveStream:
             except (ChannelMissing, ChannelClosed):
                 return
             except (ChannelFailed, SegmentFailed) as error:
-                self.session.problems["data"] += 1
+                self._problem("data")
                 log.warning("stream %s: data: %s", self.name, error)
                 await asyncio.sleep(HEARTBEAT)
 
@@ -394,32 +397,45 @@ class LiveStream:
         except (TimeoutError, GpuByocError) as error:
             log.debug("stream %s: nobody takes the last events: %s", self.name, error)
 
+    def _problem(self, reason: str, count: int = 1) -> None:
+        with self._books:
+            self.session.problems[reason] += count
+
     # --- what the pump says, from its threads
 
     def _told(self, what: str, detail: Any = None) -> None:
-        self._loop.call_soon_threadsafe(self._note, what, detail)
+        """Numbers are booked here, on the pump's threads; only what makes news goes to the event loop."""
+        session, news = self.session, False
+        with self._books:
+            if what == "in":
+                session.came_in()
+                news = session.frames_in == 1
+            elif what == "out":
+                session.went_out(detail)
+            elif what == "dropped":
+                session.dropped[detail] += 1
+            elif what == "problem":
+                session.problems[detail.reason] += 1
+            elif what == "failed_frame":
+                session.dropped[detail.code] += 1
+                news = session.dropped[detail.code] == 1 or not isinstance(detail, ProcessorError)
+            elif what == "format":
+                session.width, session.height = detail.width, detail.height
+            else:
+                news = what == "finished"
+        if what == "out":
+            self._worker.metrics.latency.observe(detail * 1e3)
+        if news:
+            self._loop.call_soon_threadsafe(self._note, what, detail)
 
     def _note(self, what: str, detail: Any) -> None:
         session = self.session
         if what == "in":
-            session.came_in()
             session.happen("frame")
-            if session.frames_in == 1:
-                self.tell("stream_started", dimensions={"width": session.width, "height": session.height})
-        elif what == "out":
-            session.went_out(detail)
-            self._worker.metrics.latency.observe(detail * 1e3)
-        elif what == "dropped":
-            session.dropped[detail] += 1
+            self.tell("stream_started", dimensions={"width": session.width, "height": session.height})
         elif what == "failed_frame":
-            session.dropped[detail.code] += 1
-            if session.dropped[detail.code] == 1 or not isinstance(detail, ProcessorError):
-                self.tell("error", **detail.body())
-        elif what == "problem":
-            session.problems[detail.reason] += 1
-        elif what == "format" and isinstance(detail, VideoInfo):
-            session.width, session.height = detail.width, detail.height
-        elif what == "finished" and not self._finished.done():
+            self.tell("error", **detail.body())
+        elif not self._finished.done():
             if detail is not None:
                 self._fail(detail)
             self._finished.set_result(detail)

@@ -261,6 +261,17 @@ def test_a_program_that_changes_is_told() -> None:
     assert len(pictures(events)) == 10
 
 
+def test_a_program_that_changes_inside_of_a_group_of_pictures_leaves_a_gap() -> None:
+    other = mpegts.Stream(0x102, 0x1B, "h264")
+    moved = bytearray(unpadded(2))
+    moved[2] = 0x02
+    demuxer = Demuxer()
+    demuxer.feed(tables(H264) + unpadded(0) + unpadded(1))
+    events = demuxer.feed(tables(other) + bytes(moved)) + demuxer.finish()
+    assert reasons(events) == ["tables", "continuity"]
+    assert [each.key for each in pictures(events)] == [False]
+
+
 def test_too_long_a_picture_is_given_up() -> None:
     stream = Stream(10, (320, 240))
     sizes = [len(each.data) for each in pictures(demuxed(stream))]

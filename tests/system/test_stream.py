@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +88,7 @@ async def rig(
     sock = bind("127.0.0.1", 0)
     runner = await serve(app, sock, shutdown=1.0)
     try:
-        async with running(processor or GreenTint(), engine, lossless=True, **config) as worker:
+        async with running(processor or GreenTint(), engine, **({"lossless": True} | config)) as worker:
             yield Rig(worker, server, f"http://127.0.0.1:{port_of(sock)}/ai/trickle/")
             await worker.worker.streams.close(5)
             assert worker.free() == 0, "every slot came back"
@@ -344,3 +345,103 @@ async def test_size_and_frame_rate_on_request_and_a_change_of_size_in_the_middle
             await r.until_over()
         sizes = [(f.width, f.height) for segment in viewer.segments for f in frames(segment)]
         assert sizes == [(64, 48)] * 20 + [(96, 64)] * 20
+
+
+class Gate(ArrayProcessor):
+    """Holds the device until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered, self.gate = threading.Event(), threading.Event()
+
+    def process_batch(self, batch: Any, params: Any, xp: Any) -> Any:
+        self.entered.set()
+        assert self.gate.wait(20)
+        return batch
+
+
+@asynchronous
+async def test_frames_that_cannot_make_it_are_dropped_after_decoding_and_counted() -> None:
+    gate = Gate()
+    async with rig(gate, EngineConfig(slots=3, max_batch=2), lossless=False, latency_budget=0.15) as r:
+        r.create("s")
+        async with watching(r, "s") as viewer:
+            await r.call("stream/start", r.urls("s"))
+            stream = r.worker.worker.streams._streams["s"]
+            await publish(r, "s", clip(20, 2), close=False)
+            await r.worker.until(lambda: stream.session.frames_in == 40 and stream.segments_in == 2)
+            await r.worker.until(lambda: sum(stream.session.dropped.values()) == 37)
+            gate.gate.set()
+            assert (await r.call("stream/stop"))[0] == 200
+            await r.until_over()
+        last = viewer.events[-1]["event"]
+        assert last["dropped"] == {"late": 37}
+        assert len(frames(viewer.media)) == 3
+        assert last["latency_seconds"]["p50"] > 0
+
+
+@asynchronous
+async def test_a_worker_that_ends_flushes_its_streams() -> None:
+    async with rig(Passthrough()) as r:
+        for name in ("a", "b"):
+            r.create(name)
+        async with watching(r, "a") as one, watching(r, "b") as two:
+            for name in ("a", "b"):
+                await r.call("stream/start", r.urls(name))
+                await publish(r, name, clip(20, 2), close=False)
+            await r.worker.until(lambda: _taken(r, "a") == _taken(r, "b") == 2)
+            await r.worker.worker.streams.close(10)
+            assert len(r.worker.worker.streams) == 0
+        for viewer in (one, two):
+            assert len(frames(viewer.media)) == 40
+            assert "the worker is shutting down" in [e["event"].get("reason") for e in viewer.events]
+
+
+@asynchronous
+async def test_a_stream_that_is_cut_off_leaves_nothing_behind() -> None:
+    gate = Gate()
+    async with rig(gate, EngineConfig(slots=3, max_batch=2)) as r:
+        r.create("s")
+        await r.call("stream/start", r.urls("s"))
+        await publish(r, "s", clip(20, 1), close=False)
+        await asyncio.to_thread(gate.entered.wait, 20)
+        threads = threading.active_count()
+        await r.worker.worker.streams.close(0)
+        assert len(r.worker.worker.streams) == 0
+        await r.worker.until(lambda: threading.active_count() <= threads - 2)
+        gate.gate.set()
+        await r.worker.until(lambda: r.worker.free() == 0)
+
+
+@asynchronous
+async def test_without_a_publisher_frames_are_computed_and_nothing_piles_up() -> None:
+    async with rig(Passthrough()) as r:
+        r.create("s")
+        urls = {
+            key: value for key, value in r.urls("s").items() if key not in ("publish_url", "events_url", "data_url")
+        }
+        assert (await r.call("stream/start", urls))[0] == 200
+        stream = r.worker.worker.streams._streams["s"]
+        await publish(r, "s", clip(20, 2))
+        await r.until_over()
+        assert stream.session.frames_out == 40
+        assert stream.session.state.value == "ended"
+
+
+@asynchronous
+async def test_an_output_that_is_deleted_ends_its_stream_only() -> None:
+    async with rig(Passthrough()) as r:
+        for name in ("a", "b"):
+            r.create(name)
+        async with watching(r, "b") as viewer:
+            for name in ("a", "b"):
+                await r.call("stream/start", r.urls(name))
+            first = r.worker.worker.streams._streams["a"]
+            await asyncio.gather(*(publish(r, name, clip(20, 1), close=False) for name in ("a", "b")))
+            await r.worker.until(lambda: first.session.frames_out == 20)
+            r.server.hub.delete("a-out")
+            await publish(r, "a", clip(60, 2)[1:], close=False)  # long enough for another segment
+            await r.worker.until(lambda: len(r.worker.worker.streams) == 1)
+            assert first.session.over
+            await r.call("stream/stop")
+            await r.until_over()
+        assert len(frames(viewer.media)) == 20
