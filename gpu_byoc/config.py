@@ -99,8 +99,10 @@ class ServeConfig:
 class OrchestratorConfig:
     """The local orchestrator; names follow the flags of the quickstart page.
 
-    ``capacity`` jobs run at once. ``max_body`` bytes bound a job's body. ``stall`` bounds, in seconds, the time in
-    which nothing of a job moves (a processor's whole thinking time, for one), not the job as a whole.
+    ``capacity`` jobs run at once. ``max_body`` bytes bound a job's body. ``job_timeout`` bounds, in seconds, the time in
+    which nothing is heard of the container (a processor's whole thinking time); 10 more than a worker's own limit, so
+    that the one that knows what is stuck says so first. ``stall`` bounds the time in which a client neither sends nor
+    takes anything; 5 more than a gateway's, for the same reason. Neither bounds the job as a whole.
     """
 
     host: str
@@ -113,19 +115,22 @@ class OrchestratorConfig:
     model_id: str = ""
     capacity: int = 8
     max_body: int = 64 * MIB
-    stall: float = 60.0
+    job_timeout: float = 310.0
+    stall: float = 65.0
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ConfigError("-byocCapacity must be at least 1")
+        if self.job_timeout <= 0:
+            raise ConfigError("-jobTimeout must be above 0")
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
     """The local gateway; names follow the flags of the quickstart page.
 
-    ``stall`` is 5 s more than an orchestrator's, so that the one that knows what is stuck says so first.
-    ``token_ttl`` is how many seconds an orchestrator's word about its capacity is taken for true.
+    ``job_timeout`` bounds, in seconds, the time in which nothing is heard of an orchestrator, 10 more than that bounds
+    its container with; ``stall`` the time in which a client neither sends nor takes anything. ``token_ttl`` is how many seconds an orchestrator's word about its capacity is taken for true.
     """
 
     orchestrators: tuple[str, ...]
@@ -133,8 +138,12 @@ class GatewayConfig:
     port: int
     cli_host: str
     cli_port: int
-    datadir: Path
     http_ingest: bool = False
     max_body: int = 64 * MIB
-    stall: float = 65.0
+    job_timeout: float = 320.0
+    stall: float = 60.0
     token_ttl: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.job_timeout <= 0:
+            raise ConfigError("-jobTimeout must be above 0")

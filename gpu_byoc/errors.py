@@ -31,6 +31,7 @@
     |- NetworkError                   network
     |  |- ContainerTimeout            network     504    the job
     |  |- ContainerUnreachable        network     502    the job
+    |  |- OrchestratorTimeout         network     504    the job; no other one is asked, they would all compute it
     |  `- OrchestratorUnreachable     network     502    the job, after every other one was asked
     `- OperatorError                  operator
        |- BackendUnavailable          operator    -      the start
@@ -263,6 +264,13 @@ class ContainerTimeout(NetworkError):
 
 class ContainerUnreachable(NetworkError):
     code = "container_unreachable"
+
+
+class OrchestratorTimeout(NetworkError):
+    """The orchestrator took the job and then let nothing be heard of it."""
+
+    code = "orchestrator_timeout"
+    status = 504
 
 
 class OrchestratorUnreachable(NetworkError):

@@ -13,37 +13,34 @@ from aiohttp import web
 
 from gpu_byoc._version import VERSION
 from gpu_byoc.config import GatewayConfig
-from gpu_byoc.errors import BadRequest, Draining, GpuByocError, NetworkError, OrchestratorUnreachable
+from gpu_byoc.errors import (
+    ContainerTimeout,
+    Draining,
+    NetworkError,
+    OrchestratorTimeout,
+    OrchestratorUnreachable,
+    ProcessorTimeout,
+)
 from gpu_byoc.local.container import reason_of
 from gpu_byoc.local.http1 import AnswerHead, Malformed
+from gpu_byoc.local.intake import Body, capability_of, content_type, refuse_coding
+from gpu_byoc.local.metadata import read_object
 from gpu_byoc.local.ports import Listener, listen
-from gpu_byoc.local.relay import (
-    RELAYED,
-    ROUTE,
-    Body,
-    BrokenOff,
-    ClientGone,
-    Exchange,
-    Progress,
-    Stalled,
-    capability_of,
-    content_type,
-    hang_up,
-    refusal,
-)
+from gpu_byoc.local.relay import RELAYED, ROUTE, Ending, Exchange, Road, conclude
 from gpu_byoc.local.tokens import Peer, TokenBook
 from gpu_byoc.local.upstream import Pool
 
 log = logging.getLogger(__name__)
 
 MAX_ERROR_BODY: Final = 64 * 1024  # bytes kept of a 5xx answer while the next orchestrator is tried
+TOO_SLOW: Final = frozenset({ContainerTimeout.code, ProcessorTimeout.code})
+"""Such an answer is the client's: the job was computed, and is paid for, once; others would be no faster."""
 
 
 class _Failure(NamedTuple):
     """What one orchestrator came to: its 5xx answer, or the error of reaching it."""
 
     peer: Peer
-    status: int
     answer: web.Response | None
     text: str
 
@@ -56,6 +53,9 @@ class Gateway:
         self.running = 0
         self.outcomes: Counter[str] = Counter()
         self._pool = Pool()
+        self._road = Road(
+            self._pool, config.stall, config.job_timeout, OrchestratorTimeout, OrchestratorUnreachable
+        )
         self._draining = False
         self._exits = AsyncExitStack()
         self._book: TokenBook | None = None
@@ -112,27 +112,24 @@ class Gateway:
 
     async def _post_job(self, request: web.Request) -> web.StreamResponse:
         self.running += 1
-        outcome = "internal"
+        ending = Ending()
         try:
-            response = await self._route(request)
-            outcome = "ok" if response.status < 400 else f"relayed_{response.status}"
-            return response
-        except GpuByocError as error:
-            outcome = error.code
-            return refusal(error)
-        except (ClientGone, BrokenOff) as error:
-            outcome = "client_gone" if isinstance(error, ClientGone) else "broken_off"
-            if isinstance(error, BrokenOff):
-                log.warning("an answer could not be completed: %s", error)
-            return hang_up(request)
+            return await conclude(request, self._route(request, ending), ending)
         finally:
             self.running -= 1
-            self.outcomes[outcome] += 1
+            self.outcomes[ending.outcome] += 1
 
-    async def _route(self, request: web.Request) -> web.StreamResponse:
-        """Try one orchestrator after the other, until one gives an answer below 500."""
+    async def _route(self, request: web.Request, ending: Ending) -> web.StreamResponse:
+        response = await self._first_answer(request)
+        ending.status = response.status
+        ending.outcome = "ok" if response.status < 400 else f"relayed_{response.status}"
+        return response
+
+    async def _first_answer(self, request: web.Request) -> web.StreamResponse:
+        """Try one orchestrator after the other, until one gives an answer below 500, or has tried for too long."""
         assert self._book is not None
         capability = capability_of(request)
+        refuse_coding(request)
         if self._draining:
             raise Draining("this gateway is shutting down")
         body = Body(request, self.config.max_body, keep=True)
@@ -153,25 +150,18 @@ class Gateway:
         headers = [content_type(request), ("X-Model-Id", capability)]
         origin = peer.origin
         try:
-            async with Progress(self.config.stall) as progress:
-                exchange = Exchange(self._pool, origin, body, progress)
-                try:
-                    await exchange.start(headers)
-                    head = await exchange.head()
-                    if head.status >= 500:
-                        answer = await _keep(exchange, head, origin.url)
-                        return _Failure(peer, head.status, answer, f"it answered {head.status}")
+            async with self._road.exchange(origin, body) as exchange:
+                await exchange.start(headers)
+                head = await exchange.head()
+                if head.status < 500:
                     return await exchange.send_back(request, head, {"X-Orchestrator-Url": origin.url})
-                finally:
-                    await exchange.finish()
+                text = await _keep(exchange)
         except (OSError, Malformed) as error:
-            return _Failure(peer, 502, None, reason_of(error))
-        except Stalled as stalled:
-            if stalled.answering:
-                raise BrokenOff(str(stalled)) from stalled
-            if stalled.phase == "body":
-                raise BadRequest(f"the request's body stopped: {stalled}") from stalled
-            return _Failure(peer, 504, None, str(stalled))
+            return _Failure(peer, None, reason_of(error))
+        answer = None if text is None else _again(head, text, origin.url)
+        if answer is not None and head.status == 504 and read_object(text or b"").get("error") in TOO_SLOW:
+            return answer
+        return _Failure(peer, answer, f"it answered {head.status}")
 
     # --- what people ask
 
@@ -198,14 +188,19 @@ class Gateway:
         }
 
 
-async def _keep(exchange: Exchange, head: AnswerHead, url: str) -> web.Response | None:
-    """A 5xx answer, kept in case that nobody does better; None if it is too long to be a message."""
+async def _keep(exchange: Exchange) -> bytes | None:
+    """The body of a 5xx answer, kept in case that nobody does better; None if it is too long to be a message."""
     text = bytearray()
     while piece := await exchange.read():
         text += piece
         if len(text) > MAX_ERROR_BODY:
             return None
-    response = web.Response(status=head.status, body=bytes(text), headers={"X-Orchestrator-Url": url})
+    return bytes(text)
+
+
+def _again(head: AnswerHead, text: bytes, url: str) -> web.Response:
+    """A kept answer, for the client."""
+    response = web.Response(status=head.status, body=text, headers={"X-Orchestrator-Url": url})
     for name in RELAYED:
         if (value := head.headers.get(name.lower())) is not None:
             response.headers[name] = value

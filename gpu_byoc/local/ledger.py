@@ -1,18 +1,21 @@
 """The orchestrator's ledger of wall seconds: one row a job, in an SQLite file in ``-datadir``.
 
-One thread writes, in transactions of whatever came within GATHER_SECONDS, so that the event loop never waits for a
-disk. In WAL mode a transaction is in the file as a whole or not at all, whatever kills the process; kill -9 loses the
-rows of the last GATHER_SECONDS, an ordinary shutdown none.
+A row is written when a job is sent to the worker (outcome ``running``) and completed when it ends. One thread writes,
+in transactions of whatever came within GATHER_SECONDS, so that the event loop never waits for a disk. In WAL mode a
+transaction is in the file as a whole or not at all, whatever kills the process. kill -9 loses what happened within the
+last GATHER_SECONDS; a job that was running then, or whose end is lost, is ``unfinished`` from the next start on, and
+billed nothing. An ordinary shutdown loses nothing.
 
-What a job costs (the rule of go-livepeer's batch jobs): the seconds from just before the call of the worker to just
-after its answer was read, rounded up. A job that failed after it was sent to the worker costs the same; a job that was
-refused, or that never reached a worker, costs nothing.
+What a job costs (the rule of go-livepeer's batch jobs): its wall seconds, rounded up. Wall seconds count from the call
+of the worker until its whole answer has arrived at the orchestrator. The wait for a client that is slow to send is in
+them, because the body streams through to the worker; the wait for a client that is slow to read is not, as long as
+what it has not read fits the orchestrator's buffer of 1 MiB. A job that failed after it was sent to the worker costs
+the same; a job that was refused, or that never reached a worker, costs nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import queue
@@ -25,11 +28,14 @@ from pathlib import Path
 from typing import Final
 
 from gpu_byoc.errors import ConfigError
+from gpu_byoc.local.metadata import amount, read_object
 
 log = logging.getLogger(__name__)
 
 FILE: Final = "ledger.sqlite3"
 GATHER_SECONDS: Final = 0.1
+RUNNING: Final = "running"
+UNFINISHED: Final = "unfinished"
 MAX_PENDING: Final = 100_000  # rows kept in memory while the disk refuses them; some 30 MB
 
 _TABLE = """
@@ -40,8 +46,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     wall_seconds    REAL NOT NULL,
     billed_seconds  INTEGER NOT NULL,
     compute_seconds REAL,              -- what the worker says in X-Metadata; NULL if it does not
-    outcome         TEXT NOT NULL,     -- ok, client_gone, or the code of an error
-    http_status     INTEGER NOT NULL
+    outcome         TEXT NOT NULL,     -- running, unfinished, ok, client_gone, or the code of an error
+    http_status     INTEGER NOT NULL   -- 0 while it is running, or if it was never finished
 )
 """
 
@@ -77,7 +83,12 @@ class Totals:
 
 
 _COLUMNS = ", ".join(field.name for field in fields(Entry))
-_INSERT = f"INSERT INTO jobs ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(Entry)))})"
+_CHANGES = ", ".join(f"{field.name} = excluded.{field.name}" for field in fields(Entry) if field.name != "job_id")
+_INSERT = (
+    f"INSERT INTO jobs ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(Entry)))}) "
+    f"ON CONFLICT (job_id) DO UPDATE SET {_CHANGES}"
+)
+_ENDED = f"FROM jobs WHERE outcome != '{RUNNING}'"
 _SUMS = "count(*), total(wall_seconds), coalesce(sum(billed_seconds), 0), total(compute_seconds)"
 
 
@@ -93,27 +104,18 @@ def utc(timestamp: float) -> str:
 
 def compute_seconds(metadata: str | None) -> float | None:
     """``compute_seconds`` of an X-Metadata header, None if it is not there or not a number of seconds."""
-    if not metadata:
-        return None
-    try:
-        value = json.loads(metadata)
-    except (ValueError, RecursionError):
-        return None
-    seconds = value.get("compute_seconds") if isinstance(value, dict) else None
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        return None
-    seconds = float(seconds)
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+    return amount(read_object(metadata).get("compute_seconds")) if metadata else None
 
 
 class Ledger:
-    """Append-only. ``open`` before the first ``add``, ``close`` after the last one; both block, briefly."""
+    """``begin`` and ``add`` do not wait. ``open`` before the first of them, ``close`` after the last; both block, briefly.
+    """
 
     def __init__(self, datadir: Path) -> None:
         self.path = datadir / FILE
-        self.totals = Totals()  # of the file, earlier runs included, and of what is still to be written
+        self.totals = Totals()  # of the jobs that have ended: those in the file, earlier runs included, and later ones
         self.error = ""  # what the disk said last; "" while it takes the rows
-        self.lost = 0  # rows given up because more than MAX_PENDING were waiting
+        self.lost = 0  # jobs given up because more than MAX_PENDING were waiting
         self._rows: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._write, name="ledger")
@@ -127,16 +129,22 @@ class Ledger:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.execute(_TABLE)
+            # Whoever was to complete these was killed.
+            self._database.execute("UPDATE jobs SET outcome = ? WHERE outcome = ?", (UNFINISHED, RUNNING))
             self._database.commit()
-            self.totals = Totals(*self._database.execute(f"SELECT {_SUMS} FROM jobs").fetchone())
+            self.totals = Totals(*self._database.execute(f"SELECT {_SUMS} {_ENDED}").fetchone())
         except (OSError, sqlite3.Error) as error:
             if self._database is not None:
                 self._database.close()
             raise ConfigError(f"-datadir: cannot keep a ledger in {self.path}: {error}") from error
         self._thread.start()
 
+    def begin(self, job_id: str, capability: str, started: str) -> None:
+        """A job has been sent to the worker; ``add`` it when it ends."""
+        self._rows.put(Entry(job_id, capability, started, 0.0, 0, None, RUNNING, 0))
+
     def add(self, entry: Entry) -> None:
-        """Take a row to be written; does not wait."""
+        """A job has ended, one that was begun or one that never came so far."""
         self.totals.add(entry)
         self._rows.put(entry)
 
@@ -153,25 +161,25 @@ class Ledger:
     # --- the thread
 
     def _write(self) -> None:
-        pending: list[Entry] = []
+        pending: dict[str, Entry] = {}  # by job; a job that begins and ends within one interval is written once
         while True:
             last = self._gather(pending)
-            if pending and self._store(pending):
+            if pending and self._store(list(pending.values())):
                 pending.clear()
             if last:
                 break
             if len(pending) > MAX_PENDING:
-                self.lost += len(pending)
+                self.lost += sum(row.outcome != RUNNING for row in pending.values())
                 pending.clear()
         if pending:
             log.error("ledger %s: %d rows could not be written: %s", self.path, len(pending), self.error)
 
-    def _gather(self, pending: list[Entry]) -> bool:
+    def _gather(self, pending: dict[str, Entry]) -> bool:
         """Wait for a row, then take all that come within GATHER_SECONDS. True when the ledger is being closed."""
         row = self._rows.get()
         self._closing.wait(GATHER_SECONDS)
         while row is not None:
-            pending.append(row)
+            pending[row.job_id] = row
             try:
                 row = self._rows.get_nowait()
             except queue.Empty:
@@ -197,7 +205,7 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """``entries`` are the latest, oldest first; ``totals`` are of all jobs, by capability."""
+    """``entries`` are the latest, oldest first; ``totals`` are of all jobs that have ended, by capability."""
 
     entries: list[Entry]
     totals: dict[str, Totals]
@@ -212,7 +220,7 @@ def read_usage(datadir: Path, last: int) -> Usage:
         with closing(sqlite3.connect(path, timeout=5.0)) as database:
             rows = database.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY rowid DESC LIMIT ?", (last,)).fetchall()
             sums = database.execute(
-                f"SELECT capability, {_SUMS} FROM jobs GROUP BY capability ORDER BY capability"
+                f"SELECT capability, {_SUMS} {_ENDED} GROUP BY capability ORDER BY capability"
             ).fetchall()
     except sqlite3.Error as error:
         raise ConfigError(f"cannot read the ledger {path}: {error}") from error

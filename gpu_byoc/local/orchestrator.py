@@ -35,40 +35,28 @@ from gpu_byoc.errors import (
 )
 from gpu_byoc.local.container import Container, State, reason_of
 from gpu_byoc.local.http1 import AnswerHead, Malformed
+from gpu_byoc.local.intake import Body, capability_of, content_type, refuse_coding
 from gpu_byoc.local.ledger import Entry, Ledger, billed, compute_seconds, utc
 from gpu_byoc.local.ports import Listener, listen
-from gpu_byoc.local.relay import (
-    ROUTE,
-    Body,
-    BrokenOff,
-    ClientGone,
-    Exchange,
-    Progress,
-    Stalled,
-    capability_of,
-    content_type,
-    hang_up,
-    refusal,
-)
+from gpu_byoc.local.relay import CLIENT_GONE, ROUTE, Ending, Exchange, Road, conclude, refusal
 from gpu_byoc.local.upstream import Origin, Pool
 
 log = logging.getLogger(__name__)
 
 
-class _Job:
+class _Job(Ending):
     """What the ledger will say about a job."""
 
-    __slots__ = ("began", "compute", "dispatched", "ended", "id", "outcome", "started", "status")
+    __slots__ = ("began", "compute", "dispatched", "ended", "id", "started")
 
     def __init__(self) -> None:
+        super().__init__()
         self.id = uuid.uuid4().hex
         self.started = time.time()  # the wall clock, for people
         self.began = time.perf_counter()  # the steady one, for the bill
         self.ended: float | None = None
         self.dispatched = False
         self.compute: float | None = None
-        self.outcome = "internal"
-        self.status = 500
 
     def entry(self, capability: str) -> Entry:
         wall = (self.ended or time.perf_counter()) - self.began
@@ -87,6 +75,7 @@ class Orchestrator:
         self.container: Container | None = None
         self._origin = Origin(config.container_url)
         self._pool = Pool()
+        self._road = Road(self._pool, config.stall, config.job_timeout, ContainerTimeout, ContainerUnreachable)
         self._draining = False
         self._exits = AsyncExitStack()
         self._listener: Listener | None = None
@@ -148,22 +137,11 @@ class Orchestrator:
         job = _Job()
         self.running += 1
         try:
-            return await self._forward(request, container, body, job)
-        except GpuByocError as error:
-            job.outcome, job.status = error.code, error.status
-            return refusal(error, {"X-Job-Id": job.id})
-        except (ClientGone, asyncio.CancelledError) as error:
-            job.outcome, job.status = "client_gone", 499  # 499: what nginx writes for a client that closed
-            if self._draining:
-                job.outcome, job.status = Draining.code, Draining.status  # it took too long to end
-            if isinstance(error, asyncio.CancelledError):
-                raise
-            return hang_up(request)
-        except BrokenOff as error:
-            log.warning("job %s: %s", job.id, error)
-            job.outcome, job.status = ContainerUnreachable.code, ContainerUnreachable.status
-            return hang_up(request)
+            work = self._forward(request, container, body, job)
+            return await conclude(request, work, job, {"X-Job-Id": job.id})
         finally:
+            if job.outcome == CLIENT_GONE and self._draining:
+                job.outcome, job.status = Draining.code, Draining.status  # it took too long to end
             self.running -= 1
             self.outcomes[job.outcome] += 1
             self.ledger.add(job.entry(container.capability))
@@ -171,6 +149,7 @@ class Orchestrator:
     def _admit(self, request: web.Request) -> tuple[Container, Body]:
         """Whether this job may start now. Raises what it is refused with; nothing was started then."""
         capability = capability_of(request)
+        refuse_coding(request)
         container = self.container
         if container is None or capability != container.capability:
             raise NoCapacity(f"No capacity available for capability {capability}: this orchestrator does not have it")
@@ -188,26 +167,17 @@ class Orchestrator:
     async def _forward(self, request: web.Request, container: Container, body: Body, job: _Job) -> web.StreamResponse:
         log.info("Job received from gateway: %s", container.capability)
         headers = [content_type(request), ("X-Model-Id", container.capability)]
-        try:
-            async with Progress(self.config.stall) as progress:
-                exchange = Exchange(self._pool, self._origin, body, progress)
-                try:
-                    await self._start(exchange, headers, container, job)
-                    head = await self._answer(exchange, container)
-                    job.compute = compute_seconds(head.headers.get("x-metadata"))
-                    job.status = head.status
-                    response = await exchange.send_back(request, head, {"X-Job-Id": job.id})
-                    job.outcome = "ok" if head.status < 400 else "worker_error"
-                    return response
-                finally:
-                    job.ended = exchange.ended
-                    await exchange.finish()
-        except Stalled as stalled:
-            if stalled.answering:
-                raise BrokenOff(str(stalled)) from stalled
-            if stalled.phase == "body":
-                raise BadRequest(f"the request's body stopped: {stalled}") from stalled
-            raise ContainerTimeout(f"the container {container.url} does not answer: {stalled}") from stalled
+        async with self._road.exchange(self._origin, body) as exchange:
+            try:
+                await self._start(exchange, headers, container, job)
+                head = await self._answer(exchange, container)
+                job.compute = compute_seconds(head.headers.get("x-metadata"))
+                job.status = head.status
+                response = await exchange.send_back(request, head, {"X-Job-Id": job.id})
+                job.outcome = "ok" if head.status < 400 else "worker_error"
+                return response
+            finally:
+                job.ended = exchange.ended
 
     async def _start(self, exchange: Exchange, headers: list[tuple[str, str]], container: Container, job: _Job) -> None:
         try:
@@ -216,6 +186,7 @@ class Orchestrator:
             container.refused(reason_of(error))
             raise _unreachable(container, reason_of(error)) from error
         job.dispatched = True
+        self.ledger.begin(job.id, container.capability, utc(job.started))
         log.info("Forwarded to BYOC container")
 
     async def _answer(self, exchange: Exchange, container: Container) -> AnswerHead:

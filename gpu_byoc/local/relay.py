@@ -7,16 +7,20 @@ sent on until it knows that it will not have to send it to another orchestrator.
 from __future__ import annotations
 
 import asyncio
-import time
-from types import TracebackType
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import Final
 
 from aiohttp import web
 
-from gpu_byoc.errors import BadRequest, GpuByocError, TooLarge
+from gpu_byoc.errors import BodyTimeout, GpuByocError, NetworkError
 from gpu_byoc.local.http1 import AnswerHead, Malformed
+from gpu_byoc.local.intake import Body, ClientGone
+from gpu_byoc.local.progress import Progress, Stalled
 from gpu_byoc.local.upstream import Connection, Origin, Pool
-from gpu_byoc.transport.listen import widen
+
+log = logging.getLogger(__name__)
 
 ROUTE: Final = "/live/video-to-video"
 
@@ -24,144 +28,42 @@ RELAYED: Final = ("Content-Type", "Content-Encoding", "X-Metadata", "Server-Timi
 """Headers of an answer that travel back to the client, beside Content-Length. Content-Type keeps its parameters:
 width, height and format of a frame are in there."""
 
-
-class ClientGone(Exception):
-    """The client closed its connection; there is nobody to answer."""
+CLIENT_GONE: Final = "client_gone"
+CLIENT_GONE_STATUS: Final = 499  # what nginx writes for a client that closed
 
 
 class BrokenOff(Exception):
-    """The next hop failed after the head of its answer had been sent on to the client."""
+    """The answer cannot be completed, and its head has gone out to the client. ``because`` says whose fault it is."""
 
-
-class Stalled(Exception):
-    """Nothing moved for too long.
-
-    ``phase`` is who was waited for: "body" (the client, to send), "answer" (the next hop) or "reader" (the client, to
-    take the answer). ``answering`` says that the head of an answer has gone out to the client.
-    """
-
-    def __init__(self, phase: str, answering: bool, seconds: float) -> None:
-        super().__init__(f"nothing moved for {seconds:g} seconds (waiting for: {phase})")
-        self.phase = phase
-        self.answering = answering
-
-
-class Progress:
-    """Bounds the time in which nothing moves; a job as a whole may take as long as it needs.
-
-    ``async with``; whoever moves bytes calls ``moved``. Raises Stalled out of the block. One timer that is armed again
-    only when it fires, because a timer a piece would cost as much as the piece.
-    """
-
-    __slots__ = ("_handle", "_last", "_loop", "_seconds", "_timeout", "answering", "phase")
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._loop = asyncio.get_running_loop()
-        self._timeout = asyncio.timeout(None)
-        self._handle: asyncio.TimerHandle | None = None
-        self._last = 0.0
-        self.phase = "answer"
-        self.answering = False
-
-    def moved(self) -> None:
-        self._last = self._loop.time()
-
-    async def __aenter__(self) -> Progress:
-        await self._timeout.__aenter__()
-        self._last = self._loop.time()
-        self._handle = self._loop.call_later(self._seconds, self._check)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-        try:
-            await self._timeout.__aexit__(kind, error, trace)
-        except TimeoutError as stalled:
-            raise Stalled(self.phase, self.answering, self._seconds) from stalled
-
-    def _check(self) -> None:
-        now = self._loop.time()
-        if now - self._last >= self._seconds:
-            self._handle = None
-            self._timeout.reschedule(now)
-        else:
-            self._handle = self._loop.call_at(self._last + self._seconds, self._check)
-
-
-class Body:
-    """A request's body. ``piece(0)``, ``piece(1)`` ... b"" at its end.
-
-    With ``keep`` pieces can be asked for again, for another attempt; without it each is asked for once, in order.
-    Raises what ended it: TooLarge, BadRequest (broken encoding), ClientGone.
-    """
-
-    __slots__ = ("_content", "_ended", "_keep", "_kept", "_limit", "_size", "error", "length")
-
-    def __init__(self, request: web.BaseRequest, limit: int, keep: bool = False) -> None:
-        widen(request.transport)
-        self._content = request.content
-        self._limit = limit
-        self._keep = keep
-        self._kept: list[bytes] = []
-        self._size = 0
-        self._ended = False
-        self.error: GpuByocError | ClientGone | None = None
-        self.length = request.content_length  # None for a chunked body
-        if self.length is not None and self.length > limit:
-            raise too_large(limit)
-
-    async def piece(self, index: int) -> bytes:
-        if index < len(self._kept):
-            return self._kept[index]
-        if self._ended:
-            return b""
-        try:
-            data, _ = await self._content.readchunk()
-            while not data and not self._content.at_eof():  # the end of an HTTP chunk comes as an empty piece
-                data, _ = await self._content.readchunk()
-        except web.RequestPayloadError as error:
-            self.error = BadRequest(f"the request's body cannot be read: {error}")
-            raise self.error from error
-        except (OSError, asyncio.IncompleteReadError) as error:
-            self.error = ClientGone("the client went away in the middle of its request")
-            raise self.error from error
-        self._size += len(data)
-        if self._size > self._limit:
-            self.error = too_large(self._limit)
-            raise self.error
-        if not data:
-            self._ended = True
-        elif self._keep:
-            self._kept.append(data)
-        return data
-
-
-def too_large(limit: int) -> TooLarge:
-    return TooLarge(f"the request's body is larger than the limit of {limit} bytes; send fewer frames at a time")
+    def __init__(self, because: GpuByocError) -> None:
+        super().__init__(str(because))
+        self.because = because
 
 
 class Exchange:
     """One request to the next hop: ``start``, ``head``, ``send_back`` or ``read`` to the end; ``finish`` in any case.
 
     The body is sent while it arrives and while the answer is read; ``finish`` joins that, gives the connection back if
-    the exchange is complete and drops it if not. Failures of the next hop are OSError or Malformed; those of the
-    request's body are the body's own.
+    the exchange is complete and drops it if not. Failures of the next hop are OSError or Malformed, in ``send_back``
+    BrokenOff because of ``gone``; those of the request's body are the body's own, and come first: a body that fails
+    closes the connection, and the next hop is not to be blamed for that.
     """
 
-    __slots__ = ("_body", "_connection", "_origin", "_pool", "_progress", "_upload", "ended")
+    __slots__ = ("_body", "_connection", "_gone", "_origin", "_pool", "_progress", "_upload")
 
-    def __init__(self, pool: Pool, origin: Origin, body: Body, progress: Progress) -> None:
-        self.ended: float | None = None  # time.perf_counter() when the answer had been read to its end
+    def __init__(self, pool: Pool, origin: Origin, body: Body, progress: Progress, gone: type[NetworkError]) -> None:
         self._pool = pool
         self._origin = origin
         self._body = body
         self._progress = progress
+        self._gone = gone
         self._connection: Connection | None = None
         self._upload: asyncio.Task[None] | None = None
+
+    @property
+    def ended(self) -> float | None:
+        """time.perf_counter() when the whole answer had come in, read or not; None before that and after finish."""
+        return self._connection.answered if self._connection is not None else None
 
     async def start(self, headers: list[tuple[str, str]]) -> None:
         """Connect and begin to send. OSError here means that the next hop has seen nothing of the job."""
@@ -173,21 +75,19 @@ class Exchange:
         assert self._connection is not None
         try:
             head = await self._connection.head()
-        except (OSError, Malformed):
-            if self._body.error is not None:
-                raise self._body.error from None
-            raise
+        except (OSError, Malformed) as error:
+            raise self._body.error or error from None
         self._progress.moved()
         return head
 
     async def read(self) -> bytes:
         """The next piece of the answer, b"" at its end."""
         assert self._connection is not None
-        self._progress.phase = "answer"
-        piece = await self._connection.read()
+        try:
+            piece = await self._connection.read()
+        except (OSError, Malformed) as error:
+            raise self._body.error or error from None
         self._progress.moved()
-        if not piece:
-            self.ended = time.perf_counter()
         return piece
 
     async def send_back(
@@ -201,12 +101,15 @@ class Exchange:
                 headers[name] = value
         if head.length is not None and head.status != 204:
             response.content_length = head.length
-        self._progress.answering = True
+        progress = self._progress
+        progress.answering = True
         try:
             await response.prepare(request)
             while piece := await self._rest():
-                self._progress.phase = "reader"
+                progress.to_client = True
                 await response.write(piece)
+                progress.to_client = False
+                progress.moved()
         except OSError as error:
             raise ClientGone("the client went away in the middle of its answer") from error
         return response
@@ -214,8 +117,10 @@ class Exchange:
     async def _rest(self) -> bytes:
         try:
             return await self.read()
+        except GpuByocError as error:
+            raise BrokenOff(error) from error
         except (OSError, Malformed) as error:
-            raise BrokenOff(f"the answer broke off: {error}") from error
+            raise BrokenOff(self._gone(f"{self._origin.url} broke its answer off: {error}")) from error
 
     async def finish(self) -> None:
         if self._connection is None:
@@ -240,27 +145,101 @@ class Exchange:
         return ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8")
 
     async def _send(self, connection: Connection) -> None:
+        """Send the body; it sees to it that it is as long as was announced."""
         body, progress = self._body, self._progress
         chunked = body.length is None
         index = 0
         try:
-            progress.phase = "body"
+            progress.from_client = True
             while piece := await body.piece(index):
                 index += 1
-                progress.phase = "answer"
+                progress.from_client = False
                 await connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
                 progress.moved()
-                progress.phase = "body"
+                progress.from_client = True
+            progress.from_client = False
+            progress.moved()
             if chunked:
                 await connection.write(b"0\r\n\r\n")
-            progress.phase = "answer"
-            progress.moved()
+                progress.moved()
         except (GpuByocError, ClientGone, OSError):
             # Wakes ``head`` or ``read``, which raise what happened: the body's error if it has one.
             connection.close()
         except Exception:
             connection.close()  # a bug of ours: do not leave ``head`` waiting; ``finish`` raises it
             raise
+
+
+class Road:
+    """The way to the next hop: connections, patience (see Progress), and what it is called when it fails there.
+
+    ``silent`` is raised when the next hop lets nothing be heard of it, ``gone`` when it breaks off.
+    """
+
+    def __init__(
+        self, pool: Pool, stall: float, answer: float, silent: type[NetworkError], gone: type[NetworkError]
+    ) -> None:
+        self._pool = pool
+        self._stall = stall
+        self._answer = answer
+        self._silent = silent
+        self._gone = gone
+
+    @asynccontextmanager
+    async def exchange(self, origin: Origin, body: Body) -> AsyncIterator[Exchange]:
+        """An exchange that is finished when the block ends.
+
+        Raises, beside what the exchange does: BodyTimeout, ``silent``, or BrokenOff because of one of them; ClientGone
+        for a client that stopped reading.
+        """
+        try:
+            async with Progress(self._stall, self._answer) as progress:
+                exchange = Exchange(self._pool, origin, body, progress, self._gone)
+                try:
+                    yield exchange
+                finally:
+                    await exchange.finish()
+        except Stalled as stalled:
+            if stalled.phase == "reader":
+                raise ClientGone(f"the client stopped reading its answer: {stalled}") from stalled
+            error: GpuByocError
+            if stalled.phase == "body":
+                error = BodyTimeout(f"the request's body stopped: {stalled}")
+            else:
+                error = self._silent(f"{origin.url} does not answer: {stalled}")
+            raise BrokenOff(error) if stalled.answering else error from stalled
+
+
+class Ending:
+    """How a job ended: its ``outcome`` in a word, and the ``status`` that the client got, or would have got."""
+
+    __slots__ = ("outcome", "status")
+
+    def __init__(self) -> None:
+        self.outcome = "internal"
+        self.status = 500
+
+
+async def conclude(
+    request: web.BaseRequest, work: Awaitable[web.StreamResponse], ending: Ending, extra: dict[str, str] | None = None
+) -> web.StreamResponse:
+    """Await a job's work. Each way in which it can fail becomes an answer or a hang-up, and is told to ``ending``;
+    for a success the work does that itself."""
+    try:
+        return await work
+    except GpuByocError as error:
+        ending.outcome, ending.status = error.code, error.status
+        return refusal(error, extra)
+    except BrokenOff as error:
+        log.warning("an answer could not be completed: %s", error)
+        ending.outcome, ending.status = error.because.code, error.because.status
+        return hang_up(request)
+    except ClientGone:
+        ending.outcome, ending.status = CLIENT_GONE, CLIENT_GONE_STATUS
+        return hang_up(request)
+    except asyncio.CancelledError:  # the server's way to say that the client has closed its connection
+        ending.outcome, ending.status = CLIENT_GONE, CLIENT_GONE_STATUS
+        raise
 
 
 def hang_up(request: web.BaseRequest) -> web.StreamResponse:
@@ -279,19 +258,3 @@ def refusal(error: GpuByocError, extra: dict[str, str] | None = None) -> web.Res
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     return web.json_response(error.body(), status=error.status, headers=headers)
-
-
-def capability_of(request: web.BaseRequest) -> str:
-    """The capability that a job asks for. Raises BadRequest."""
-    name = request.headers.get("X-Model-Id", "").strip()
-    if not name:
-        raise BadRequest("the header X-Model-Id is missing: it names the capability, for example green-tint-cpu")
-    if not name.isprintable():
-        raise BadRequest("the header X-Model-Id has characters that cannot be printed")
-    return name
-
-
-def content_type(request: web.BaseRequest) -> tuple[str, str]:
-    """The request's Content-Type as it came, parameters included."""
-    value = request.headers.get("Content-Type", "application/octet-stream")
-    return "Content-Type", value if value.isprintable() else "application/octet-stream"

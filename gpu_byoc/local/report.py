@@ -27,7 +27,7 @@ def _jobs(usage: Usage) -> Table:
             Text(entry.job_id[:8]),
             Text(entry.capability),
             Text(entry.outcome),
-            str(entry.http_status),
+            str(entry.http_status or "-"),
             f"{entry.wall_seconds:.4f}",
             str(entry.billed_seconds),
             "-" if entry.compute_seconds is None else f"{entry.compute_seconds:.6f}",
@@ -36,7 +36,7 @@ def _jobs(usage: Usage) -> Table:
 
 
 def _totals(usage: Usage) -> Table:
-    table = Table(title="totals of all jobs", box=box.SIMPLE)
+    table = Table(title="totals of all jobs that have ended", box=box.SIMPLE)
     table.add_column("capability", overflow="fold")
     for name in ("jobs", "wall s", "billed s", "compute s"):
         table.add_column(name, justify="right", no_wrap=True)

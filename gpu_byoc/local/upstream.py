@@ -8,6 +8,7 @@ relay must not do.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, cast
@@ -58,6 +59,7 @@ class Connection(asyncio.Protocol):
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
         self.idle_since = 0.0
+        self.answered: float | None = None  # time.perf_counter() when the whole answer had arrived here
 
     @property
     def usable(self) -> bool:
@@ -67,6 +69,7 @@ class Connection(asyncio.Protocol):
     def begin(self, head: bytes) -> None:
         """Send a request's head; the caller must now ``write`` its body and ``read`` the answer to its end."""
         self._parser = AnswerParser()
+        self.answered = None
         self._busy = True
         self._send(head)
 
@@ -148,6 +151,8 @@ class Connection(asyncio.Protocol):
         for piece in pieces:
             self._pieces.append(piece)
             self._held += len(piece)
+        if self._parser.done and self.answered is None:
+            self.answered = time.perf_counter()
         if self._held > HIGH_WATER and not self._reading_paused and self._transport is not None:
             self._reading_paused = True
             self._transport.pause_reading()
@@ -163,6 +168,7 @@ class Connection(asyncio.Protocol):
             if exc is None and self._busy:
                 try:
                     self._parser.eof()
+                    self.answered = self.answered or time.perf_counter()
                 except Malformed as error:
                     self._error = error
         self._wake()
@@ -200,6 +206,10 @@ class Pool:
                 lambda: Connection(self._lose), origin.host, origin.port, ssl=origin.tls or None
             )
         self._live.add(connection)
+        self._gone.clear()
+        if self._closed:  # while we were connecting
+            connection.close()
+            raise ConnectionAbortedError("this process is on its way out")
         return connection
 
     def release(self, origin: Origin, connection: Connection) -> None:

@@ -162,7 +162,7 @@ class Demuxer:
         self._pmt = _Table(0x02)
         self._pmt_pid: int | None = None
         self._lanes: dict[int, _Lane] = {}
-        self._streams: tuple[Stream, ...] = ()
+        self._streams: tuple[Stream, ...] | None = None  # those of the program that are used; None before a PMT
         self._audio: AudioTrack | None = None
         self._said: set[tuple[int, int]] = set()
 
@@ -399,23 +399,26 @@ class Demuxer:
     def _program(self, streams: tuple[Stream, ...]) -> None:
         streams = tuple(each for each in streams if _FIRST_PID <= each.pid < _NULL_PID and each.pid != self._pmt_pid)
         video = next((each for each in streams if each.is_video), None)
-        audio = next((each for each in streams if each.codec and not each.is_video), None)
+        taken = video.pid if video else None
+        audio = next((each for each in streams if each.codec and not each.is_video and each.pid != taken), None)
         chosen = tuple(each for each in (video, audio) if each is not None)
         for each in streams:
             if each not in chosen and (each.pid, each.type) not in self._said and len(self._said) < _MAX_SAID:
                 self._said.add((each.pid, each.type))
                 self._problem("ignored", f"the stream with PID {each.pid} and type {each.type:#04x} is not used")
-        if chosen == self._streams and self._lanes:
+        if chosen == self._streams:
             return
-        for lane in self._lanes.values():
+        before, self._streams = self._streams or (), chosen
+        old, self._lanes = self._lanes, {}
+        for each in chosen:  # a stream that stays goes on, in the middle of a picture if need be
+            lane = old.pop(each.pid) if each in before else _Lane(VIDEO if each is video else AUDIO, each)
+            lane.gap |= bool(before) and each not in before  # does not follow what came last
+            self._lanes[each.pid] = lane
+        for lane in old.values():
             if lane.active:
                 self._lose(lane, "tables", f"the program changed inside of {lane.name} data")
-        replaced = bool(self._lanes)
-        self._streams = chosen
-        self._lanes = {each.pid: _Lane(VIDEO if each is video else AUDIO, each) for each in chosen}
-        for lane in self._lanes.values():
-            lane.gap = replaced  # what comes first there does not follow what came last
-        self._audio = None
+        if audio not in before:
+            self._audio = None
         self._tell()
 
     def _tell(self) -> None:

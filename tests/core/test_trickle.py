@@ -368,6 +368,15 @@ def test_a_hole_is_released_when_a_later_index_starts_and_not_before() -> None:
     assert hole.ended is Ended.RELEASED
 
 
+def test_a_hole_that_its_publisher_has_come_back_to_is_none() -> None:
+    a = channel()
+    a.leave(a.publish(0))
+    back = a.publish(0)
+    put(a, 1, b"later index, earlier byte")
+    a.append(back, b"x", now=0)
+    assert content(a.find(0)) == b"x"
+
+
 def test_deleting_a_silent_segment_moves_on_and_never_back() -> None:
     a = channel()
     a.publish(0)

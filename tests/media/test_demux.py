@@ -261,6 +261,15 @@ def test_a_program_that_changes_is_told() -> None:
     assert len(pictures(events)) == 10
 
 
+def test_audio_that_joins_leaves_video_alone_even_inside_of_a_picture() -> None:
+    sound = mpegts.Stream(0x101, 0x0F, "aac")
+    demuxer = Demuxer()
+    events = demuxer.feed(tables(H264) + unpadded(0) + unpadded(1)[:100])
+    events += demuxer.feed(unpadded(1)[100:] + tables(H264, sound) + unpadded(2)) + demuxer.finish()
+    assert [each.pts for each in pictures(events)] == [0, 3600, 7200]
+    assert reasons(events) == []
+
+
 def test_a_program_that_changes_inside_of_a_group_of_pictures_leaves_a_gap() -> None:
     other = mpegts.Stream(0x102, 0x1B, "h264")
     moved = bytearray(unpadded(2))
@@ -350,6 +359,26 @@ def test_damage_becomes_problems_and_memory_stays_bounded(data: bytes, step: int
     assert len(events) <= len(data) // 188 * 3 + 10
     times = [each.dts for each in pictures(events) if each.dts is not None]
     assert times == sorted(times)
+
+
+programs = st.lists(
+    st.builds(
+        lambda pid, codec: mpegts.Stream(pid, 0x1B if codec == "h264" else 0, codec, 2),
+        st.sampled_from([0, 0x100, 0x101, 0x1000, 0x1FFF]),
+        st.sampled_from(["h264", "aac", "opus"]),
+    ),
+    max_size=6,
+)
+
+
+@given(st.lists(programs, min_size=1, max_size=6))
+@settings(deadline=None)
+def test_programs_that_contradict_themselves(series: list[list[mpegts.Stream]]) -> None:
+    demuxer = Demuxer()
+    for streams in series:
+        events = demuxer.feed(tables(*streams) + unpadded(0) + unpadded(1)) + demuxer.end_segment()
+        assert sum(isinstance(each, Tracks) for each in events) <= 1 + len(sounds(events))
+        assert set(demuxer._lanes) <= {0x100, 0x101}
 
 
 @given(st.binary(max_size=3000))
