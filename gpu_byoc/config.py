@@ -130,7 +130,8 @@ class GatewayConfig:
     """The local gateway; names follow the flags of the quickstart page.
 
     ``job_timeout`` bounds, in seconds, the time in which nothing is heard of an orchestrator, 10 more than that bounds
-    its container with; ``stall`` the time in which a client neither sends nor takes anything. ``token_ttl`` is how many seconds an orchestrator's word about its capacity is taken for true.
+    its container with; ``stall`` the time in which a client neither sends nor takes anything. ``token_ttl`` is how
+    many seconds an orchestrator's word about its capacity is taken for true.
     """
 
     orchestrators: tuple[str, ...]

@@ -20,13 +20,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from gpu_byoc.errors import ConfigError, GpuByocError, OperatorError
+from gpu_byoc.errors import EXIT_INTERRUPTED, ConfigError, GpuByocError, OperatorError
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.local import demo_network
 from gpu_byoc.local.children import Children
 from gpu_byoc.local.demo_network import MODEL_ID, Network
-from gpu_byoc.local.job import CONCURRENCY, EXIT_INTERRUPTED, bar, beside, summary
+from gpu_byoc.local.job import CONCURRENCY, bar, beside, summary
 from gpu_byoc.local.jobclient import RAW, Answer, JobClient, Tally, in_order, in_thread, raw_type
+from gpu_byoc.local.metadata import amount
+from gpu_byoc.local.relay import ROUTE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 PAGE_FRAME: Final = FrameSpec(640, 480)
 BOOST: Final = 80
+COLUMNS: Final = 100
 SHOWN: Final = 4  # frames on the before/after sheet
 
 
@@ -137,8 +140,14 @@ def _show_network(console: Console, network: Network, seconds: float) -> None:
         "gateway": (network.ports.gateway, _line(network.gateway.lines(), "listening")),
     }
     for name, (port, line) in said.items():
-        console.print(f"  {name:<13}http://127.0.0.1:{port:<6} {line}")
+        text = f"  {name:<13}http://127.0.0.1:{port:<6} {line}"
+        console.print(_cut(text) if name == "worker" else text)
     console.print(f"  ready after {seconds:.1f} s")
+
+
+def _cut(text: str) -> str:
+    """At most COLUMNS of it: a worker's line names its whole processor and backend."""
+    return text if len(text) <= COLUMNS else text[: COLUMNS - 1] + "\u2026"
 
 
 def _line(lines: Sequence[str], word: str) -> str:
@@ -152,7 +161,7 @@ async def _page_job(console: Console, client: JobClient, network: Network) -> No
     start = len(network.orchestrator.lines())
     answer = await client.send(bytes(PAGE_FRAME.nbytes), RAW)
     green = sum(answer.body[1::3])
-    console.print("Status: 200")
+    console.print(f"Status: {answer.status}")
     console.print(f"Response size: {len(answer.body)} bytes")
     console.print(f"Green channel sum: {green} (input was 0)")
     console.print(f"({PAGE_FRAME.width} x {PAGE_FRAME.height} pixels, each raised by {BOOST})\n")
@@ -166,7 +175,7 @@ def _show_path(console: Console, network: Network, answer: Answer, log: Sequence
     """The way of the job; the quoted lines are the orchestrator's own."""
     said = answer.metadata
     *before, after = log
-    console.print(f"  client        POST /live/video-to-video, X-Model-Id: {MODEL_ID}, {PAGE_FRAME.nbytes} bytes")
+    console.print(f"  client        POST {ROUTE}, X-Model-Id: {MODEL_ID}, {PAGE_FRAME.nbytes} bytes")
     console.print(f"  -> gateway :{network.ports.gateway}")
     console.print(f"     -> orchestrator :{network.ports.service}")
     for line in before:
@@ -178,7 +187,7 @@ def _show_path(console: Console, network: Network, answer: Answer, log: Sequence
 
 
 def _seconds(metadata: Any, name: str) -> str:
-    return f"{float(metadata.get(f'{name}_seconds', 0)) * 1e3:.2f} ms"
+    return f"{(amount(metadata.get(f'{name}_seconds')) or 0.0) * 1e3:.2f} ms"
 
 
 # --- a clip
@@ -257,6 +266,5 @@ def _report(console: Console, result: Result, ledger: dict[str, Any]) -> None:
     console.print(f"  compute is {each * 1e6:.0f} us a frame, {tally.compute_seconds / result.seconds:.1%} of the time")
     console.print(
         f"  the orchestrator's ledger: {ledger['jobs']} jobs, {ledger['wall_seconds']:.2f} s of wall time, "
-        f"{ledger['billed_seconds']} s billed"
+        f"{ledger['billed_seconds']} s billed: each job's wall seconds rounded up, so a frame that is a job costs 1 s"
     )
-    console.print("  (the network bills the wall seconds of each job, rounded up, so a frame that is a job costs 1 s)")

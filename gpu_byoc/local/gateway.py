@@ -53,9 +53,7 @@ class Gateway:
         self.running = 0
         self.outcomes: Counter[str] = Counter()
         self._pool = Pool()
-        self._road = Road(
-            self._pool, config.stall, config.job_timeout, OrchestratorTimeout, OrchestratorUnreachable
-        )
+        self._road = Road(self._pool, config.stall, config.job_timeout, OrchestratorTimeout, OrchestratorUnreachable)
         self._draining = False
         self._exits = AsyncExitStack()
         self._book: TokenBook | None = None

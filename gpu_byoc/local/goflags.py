@@ -65,12 +65,13 @@ def parse(flags: Sequence[Flag], argv: Sequence[str]) -> dict[str, Value]:
 
 
 def usage(flags: Sequence[Flag]) -> str:
-    """One paragraph a flag, as Go prints them."""
+    """One paragraph a flag, as Go prints them, with every spelling."""
     lines = []
     for flag in flags:
         kind = "" if isinstance(flag.default, bool) else f" {type(flag.default).__name__}"
         default = f" (default {flag.default})" if flag.default not in (False, "") else ""
-        lines.append(f"  -{flag.name}{kind}\n        {flag.help}{default}")
+        aliases = "".join(f", -{alias}" for alias in flag.aliases)
+        lines.append(f"  -{flag.name}{aliases}{kind}\n        {flag.help}{default}")
     return "\n".join(lines)
 
 

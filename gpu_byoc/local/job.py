@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from gpu_byoc.errors import BadFrame, ConfigError, GpuByocError, OperatorError
+from gpu_byoc.errors import EXIT_INTERRUPTED, BadFrame, ConfigError, GpuByocError, OperatorError
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.local.jobclient import Answer, JobClient, Tally, in_order, in_thread, raw_type, with_params
 
@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 
 IMAGES: Final = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 VIDEOS: Final = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm"})
+RAW: Final = frozenset({".rgb", ".raw", ".bin"})
 CONCURRENCY: Final = 4  # jobs on their way; half of what an orchestrator gives a container at once by default
-EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
+
+KINDS: Final = (
+    "jpg, jpeg or png: an image; mp4, m4v, mov, mkv or webm: a video; rgb, raw or bin, or any name with --width and "
+    "--height: raw frames one after another"
+)
 
 Sink = Callable[[bytes], object]
 
@@ -41,16 +46,18 @@ class Work:
     total: int | None
     output: Callable[[Path], AbstractContextManager[Sink]]
     frame_bytes: int | None  # length that each answer must have; None for images
+    note: str = ""  # what the user should know about the output
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; 0 if every job succeeded. Raises OperatorError for arguments that cannot work."""
     given = _arguments(argv)
     params = _params(given.param)
+    client = JobClient(given.gateway, given.model_id, given.concurrency)
     try:
         work = _plan(given, params)
         with closing(work.bodies):
-            asyncio.run(_run(given, work))
+            asyncio.run(_run(given, work, client))
     except KeyboardInterrupt:
         print(f"gpu-byoc job: interrupted; {given.output} was not written", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -66,8 +73,13 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu-byoc job", description="Send jobs through a gateway.")
     parser.add_argument("--gateway", default="http://localhost:8935", help="its URL (default: %(default)s)")
     parser.add_argument("--model-id", required=True, help="capability, as the orchestrator's -byocModelID")
-    parser.add_argument("--input", type=Path, required=True, help="jpg, png, mp4, or raw frames one after another")
-    parser.add_argument("--output", type=Path, required=True, help="same kind as the input; a video becomes mp4")
+    parser.add_argument("--input", type=Path, required=True, help=f"{KINDS}; of a video only the pictures are sent")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="same kind as the input; a video becomes an mp4 without sound, at a constant frame rate",
+    )
     parser.add_argument("--width", type=int, help="of raw frames; without it the file is one job")
     parser.add_argument("--height", type=int, help="of raw frames")
     parser.add_argument("--format", default="rgb24", help="of raw frames (default: %(default)s)")
@@ -97,6 +109,7 @@ def _params(given: Sequence[str]) -> dict[str, str]:
 
 
 def _plan(given: argparse.Namespace, params: Mapping[str, str]) -> Work:
+    """Raises ConfigError for names that do not fit one another, then for files that are not there."""
     suffix, target = given.input.suffix.lower(), given.output.suffix.lower()
     kind = IMAGES.get(suffix)
     if given.width is not None and (kind or suffix in VIDEOS):
@@ -104,12 +117,28 @@ def _plan(given: argparse.Namespace, params: Mapping[str, str]) -> Work:
     if kind:
         if IMAGES.get(target) != kind:
             raise ConfigError(f"--output {given.output}: a job on {suffix} comes back as {kind}; name it so")
+        _check_files(given)
         return Work(_whole(given.input), with_params(kind, params), 1, _file, None)
     if suffix in VIDEOS:
         if target != ".mp4":
             raise ConfigError(f"--output {given.output}: a video is written as mp4; name it so")
+        _check_files(given)
         return _video(given.input, params)
+    if given.width is None and suffix not in RAW:
+        raise ConfigError(f"--input {given.input}: of what kind is it? {KINDS}")
+    _check_files(given)
     return _raw(given, params)
+
+
+def _check_files(given: argparse.Namespace) -> None:
+    """Before anything is read or sent."""
+    if not given.input.is_file():
+        what = "is not a file" if given.input.exists() else "there is no such file"
+        raise ConfigError(f"--input {given.input}: {what}")
+    if not given.output.parent.is_dir():
+        raise ConfigError(f"--output {given.output}: there is no directory {given.output.parent}; make it first")
+    if given.output.is_dir():
+        raise ConfigError(f"--output {given.output}: that is a directory; name a file")
 
 
 def _raw(given: argparse.Namespace, params: Mapping[str, str]) -> Work:
@@ -139,7 +168,8 @@ def _video(path: Path, params: Mapping[str, str]) -> Work:
         for frame in clips.frames(path):
             yield frame.tobytes()
 
-    return Work(bodies(), raw_type(info.spec, params), info.frames or None, output, info.spec.nbytes)
+    note = f"{float(info.rate):g} frames/s throughout, and no sound: a job carries pictures only"
+    return Work(bodies(), raw_type(info.spec, params), info.frames or None, output, info.spec.nbytes, note)
 
 
 def _whole(path: Path) -> Generator[bytes, None, None]:
@@ -161,11 +191,11 @@ def _file(target: Path) -> Iterator[Sink]:
 # --- sending
 
 
-async def _run(given: argparse.Namespace, work: Work) -> None:
+async def _run(given: argparse.Namespace, work: Work, client: JobClient) -> None:
     tally = Tally()
     began = time.perf_counter()
     jobs = ((None, body, work.content_type) for body in work.bodies)
-    async with JobClient(given.gateway, given.model_id, given.concurrency) as client:
+    async with client:
         with ExitStack() as stack:
             part = stack.enter_context(beside(given.output))
             write = stack.enter_context(work.output(part))
@@ -181,6 +211,8 @@ async def _run(given: argparse.Namespace, work: Work) -> None:
                 raise BadFrame(f"{given.input} has no frames")
     for line in summary(tally, time.perf_counter() - began):
         print(line)
+    if work.note:
+        print(f"{given.output}: {work.note}")
 
 
 def _check(answer: Answer, work: Work) -> None:

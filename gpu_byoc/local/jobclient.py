@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
@@ -17,13 +17,15 @@ import aiohttp
 
 from gpu_byoc.errors import ConfigError, GpuByocError, NetworkError
 from gpu_byoc.frames import FrameSpec
+from gpu_byoc.local.container import reason_of
+from gpu_byoc.local.metadata import amount, read_object
+from gpu_byoc.local.relay import ROUTE
 
 RAW: Final = "application/octet-stream"
-ROUTE: Final = "/live/video-to-video"
 
 RETRIES: Final = 8  # of a job that is refused with 503
 LONGEST_PAUSE: Final = 10.0  # seconds; a Retry-After of more is cut to it
-ANSWER_SECONDS: Final = 60.0  # without a byte from the gateway
+ANSWER_SECONDS: Final = 330.0  # without a byte from the gateway; 10 more than it waits itself
 CONNECT_SECONDS: Final = 5.0
 
 T = TypeVar("T")
@@ -48,13 +50,15 @@ class GatewayUnreachable(NetworkError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``seconds`` is from the first byte sent to the last one received, pauses before a retry included."""
+    """``seconds`` is from the first byte sent to the last one received, pauses before a retry included. ``status`` is
+    200: any other is a JobRefused."""
 
     body: bytes
     metadata: Mapping[str, Any]
     headers: Mapping[str, str]
     seconds: float
     retries: int
+    status: int = 200
 
 
 @dataclass(slots=True)
@@ -75,9 +79,9 @@ class Tally:
         self.latencies.append(answer.seconds)
         self.retries += answer.retries
         said = answer.metadata
-        self.frames += int(_number(said.get("frames", 1)))
+        self.frames += int(amount(said.get("frames", 1)) or 0)
         for name in self.SUMS:
-            setattr(self, name, getattr(self, name) + _number(said.get(name, 0)))
+            setattr(self, name, getattr(self, name) + (amount(said.get(name)) or 0.0))
         if "backend" in said:
             self.where = f"{said['backend']} on {said.get('device', 'an unnamed device')}"
 
@@ -116,7 +120,13 @@ class JobClient:
     def __init__(self, gateway: str, model_id: str, connections: int) -> None:
         if not gateway.startswith(("http://", "https://")):
             raise ConfigError(f"--gateway {gateway!r} must be a URL like http://localhost:8935")
-        self.url = gateway.rstrip("/") + ROUTE
+        if not model_id.strip() or not model_id.isprintable():
+            raise ConfigError(
+                f"--model-id {model_id!r}: it travels in a header; only what can be printed, and not nothing"
+            )
+        self.gateway = gateway.rstrip("/")
+        self.url = self.gateway + ROUTE
+        self._told_busy = False
         self._headers = {"X-Model-Id": model_id}
         self._connections = connections
         self._session: aiohttp.ClientSession | None = None
@@ -145,13 +155,19 @@ class JobClient:
         for attempt in range(RETRIES + 1):
             status, headers, data = await self._post(body, content_type)
             if status == 200:
-                metadata = _object(headers.get("X-Metadata", ""))
-                return Answer(data, metadata, headers, time.perf_counter() - began, attempt)
+                metadata = read_object(headers.get("X-Metadata", ""))
+                return Answer(data, metadata, headers, time.perf_counter() - began, attempt, status)
             if status != 503 or attempt == RETRIES:
                 break
+            self._tell_busy(_message(data))
             await asyncio.sleep(_pause(headers.get("Retry-After", "")))
-        said = _object(data).get("message") or data[:500].decode("utf-8", "replace").strip()
-        raise JobRefused(status, str(said or "no message"))
+        raise JobRefused(status, _message(data))
+
+    def _tell_busy(self, said: str) -> None:
+        """Once a client: whoever watches must not take a pause for a hang."""
+        if not self._told_busy:
+            self._told_busy = True
+            print(f"HTTP 503: {said}; sending jobs again, each up to {RETRIES} times", file=sys.stderr)
 
     async def _post(self, body: bytes, content_type: str) -> tuple[int, Mapping[str, str], bytes]:
         assert self._session is not None, "use it as an async context manager"
@@ -159,10 +175,18 @@ class JobClient:
         try:
             async with self._session.post(self.url, data=io.BytesIO(body), headers=headers) as answer:
                 return answer.status, answer.headers, await answer.read()
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
-            raise GatewayUnreachable(f"no gateway at {self.url} ({error}); start it, or give its --gateway") from error
+        except aiohttp.ClientConnectorError as error:
+            raise self._no_gateway(reason_of(error.os_error)) from error
+        except (aiohttp.InvalidURL, aiohttp.ConnectionTimeoutError) as error:
+            raise self._no_gateway(str(error)) from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise GatewayUnreachable(f"{self.url} broke the job off: {str(error) or 'no answer in time'}") from error
+
+    def _no_gateway(self, reason: str) -> GatewayUnreachable:
+        return GatewayUnreachable(
+            f"no gateway at {self.gateway}: {reason}. Start one with 'gpu-byoc livepeer -gateway -httpIngest', "
+            "or say with --gateway where it is"
+        )
 
 
 async def in_order(
@@ -210,16 +234,7 @@ def _pause(retry_after: str) -> float:
     return min(max(float(seconds), 0.1), LONGEST_PAUSE)
 
 
-def _object(text: str | bytes) -> dict[str, Any]:
-    """The JSON object in ``text``; empty if there is none: these are notes for people, not the job's result."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return 0.0
-    return float(value)
+def _message(data: bytes) -> str:
+    """What an answer that is no success says, in one line."""
+    said = read_object(data).get("message") or data[:500].decode("utf-8", "replace")
+    return " ".join(str(said).split()) or "no message"

@@ -108,8 +108,7 @@ def compute_seconds(metadata: str | None) -> float | None:
 
 
 class Ledger:
-    """``begin`` and ``add`` do not wait. ``open`` before the first of them, ``close`` after the last; both block, briefly.
-    """
+    """``open``, then ``begin`` and ``add`` as jobs do, then ``close``. The first and the last block, briefly."""
 
     def __init__(self, datadir: Path) -> None:
         self.path = datadir / FILE

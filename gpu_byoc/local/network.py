@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from gpu_byoc._version import VERSION
@@ -21,6 +22,9 @@ from gpu_byoc.config import GatewayConfig, OrchestratorConfig
 from gpu_byoc.errors import EXIT_USAGE, ConfigError, OperatorError
 from gpu_byoc.local import goflags
 from gpu_byoc.local.goflags import Flag, Value
+
+if TYPE_CHECKING:
+    from gpu_byoc.local.ledger import Usage
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +42,14 @@ FLAGS: Final = (
     Flag("httpAddr", "127.0.0.1:8935", "gateway: where it takes jobs"),
     Flag("httpIngest", False, "gateway: take jobs over HTTP"),
     Flag("maxBody", 64 << 20, "bytes that the body of a job may have"),
+    Flag("jobTimeout", 0, "seconds without a word about a job; 0: 310 for an orchestrator, 320 for a gateway"),
     Flag("cliAddr", "", "where GET /status answers; 127.0.0.1:7936 for an orchestrator, 127.0.0.1:5935 for a gateway"),
-    Flag("dataDir", "", "directory for the ledger; ~/.lpData-orch or ~/.lpData-gw", ("datadir",)),
+    Flag(
+        "dataDir",
+        "",
+        "orchestrator: directory for the ledger, ~/.lpData-orch if none is given; gateway: accepted, nothing is kept",
+        ("datadir",),
+    ),
     Flag("v", 3, "log level; 6 and more for debugging"),
     Flag("version", False, "print the version"),
     Flag("help", False, "print this", ("h",)),
@@ -95,18 +105,31 @@ def usage_main(argv: Sequence[str]) -> int:
     except OperatorError as error:
         print(f"gpu-byoc usage: {error}", file=sys.stderr)
         return EXIT_USAGE
-    if values["json"]:
-        totals = {name: asdict(sums) for name, sums in usage.totals.items()}
-        print(json.dumps({"jobs": [asdict(entry) for entry in usage.entries], "totals": totals}, indent=2))
-        return 0
+    try:
+        print(_usage_json(usage) if values["json"] else _usage_text(usage), flush=True)
+    except BrokenPipeError:
+        # The reader has what it wanted (``| head``). Python would flush what is left at its end and complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _usage_json(usage: Usage) -> str:
+    totals = {name: asdict(sums) for name, sums in usage.totals.items()}
+    return json.dumps({"jobs": [asdict(entry) for entry in usage.entries], "totals": totals}, indent=2)
+
+
+def _usage_text(usage: Usage) -> str:
+    if not usage.entries and not usage.totals:
+        return "no jobs yet"
     from rich.console import Console
 
     from gpu_byoc.local.report import usage_tables
 
     console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width; nothing is to be cut off
-    for table in usage_tables(usage):
-        console.print(table)
-    return 0
+    with console.capture() as captured:
+        for table in usage_tables(usage):
+            console.print(table)
+    return captured.get().rstrip("\n")
 
 
 def read_config(values: dict[str, Value]) -> OrchestratorConfig | GatewayConfig:
@@ -119,6 +142,8 @@ def read_config(values: dict[str, Value]) -> OrchestratorConfig | GatewayConfig:
         )
     if _int(values, "maxBody") < 1:
         raise ConfigError("-maxBody must be at least 1")
+    if _int(values, "jobTimeout") < 0:
+        raise ConfigError("-jobTimeout must not be negative")
     return _orchestrator(values) if values["orchestrator"] else _gateway(values)
 
 
@@ -148,6 +173,7 @@ def _orchestrator(values: dict[str, Value]) -> OrchestratorConfig:
         model_id=model,
         capacity=_int(values, "byocCapacity"),
         max_body=_int(values, "maxBody"),
+        job_timeout=_int(values, "jobTimeout") or OrchestratorConfig.job_timeout,
     )
 
 
@@ -164,9 +190,9 @@ def _gateway(values: dict[str, Value]) -> GatewayConfig:
         port=port,
         cli_host=cli_host,
         cli_port=cli_port,
-        datadir=_directory(_text(values, "dataDir") or "~/.lpData-gw"),
         http_ingest=bool(values["httpIngest"]),
         max_body=_int(values, "maxBody"),
+        job_timeout=_int(values, "jobTimeout") or GatewayConfig.job_timeout,
     )
 
 

@@ -22,7 +22,6 @@ from gpu_byoc.errors import GpuByocError, NetworkError, SegmentFailed
 from gpu_byoc.local.streamclip import START, Clip, due
 from gpu_byoc.media.audio import AudioPacket
 from gpu_byoc.media.demux import Demuxer, DemuxEvent, Picture
-from gpu_byoc.media.encode import CodedPicture
 from gpu_byoc.media.mpegts import CLOCK
 from gpu_byoc.media.mux import Piece, Segmenter
 from gpu_byoc.transport.trickle_client import OutgoingSegment, Publisher, Subscriber
