@@ -38,13 +38,16 @@ define quietly
 	fi
 endef
 
-.PHONY: help demo test lint types format bench soak clean
+.PHONY: help demo live test lint types format bench bench-live soak clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 demo: $(RUN)  ## a job's whole way on real video: client, gateway, orchestrator, worker and back
 	@.venv/bin/gpu-byoc demo $(ARGS)
+
+live: $(RUN)  ## a live stream of real video with its sound, in real time; leaves an MP4 and a sheet of frames
+	@.venv/bin/gpu-byoc stream $(ARGS)
 
 test: $(TEST_NEEDS)  ## the tests (TORCH=1: those of torch too; ARGS="..." goes to pytest)
 	@$(if $(filter 1,$(TORCH)),GPU_BYOC_REQUIRE_TORCH=1) .venv/bin/python -m pytest $(ARGS)
@@ -63,11 +66,14 @@ format: $(DEV)  ## let ruff format and sort
 bench: $(DEV)  ## measure this machine: bare echo, worker, whole chain
 	@.venv/bin/python -m benchmarks $(ARGS)
 
+bench-live: $(DEV)  ## live streams: CPU a frame against the floor, latency, how many at once
+	@.venv/bin/python -m benchmarks.bench_live $(ARGS)
+
 soak: $(DEV)  ## ten minutes of jobs, then compare the memory
 	@.venv/bin/python -m benchmarks --soak 10 $(ARGS)
 
 clean:  ## remove what make made, .venv included
-	@rm -rf .venv build dist demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis gpu_byoc.egg-info
+	@rm -rf .venv build dist demo-out live-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis gpu_byoc.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV):

@@ -99,10 +99,10 @@ class ServeConfig:
 class OrchestratorConfig:
     """The local orchestrator; names follow the flags of the quickstart page.
 
-    ``capacity`` jobs run at once. ``max_body`` bytes bound a job's body. ``job_timeout`` bounds, in seconds, the time in
-    which nothing is heard of the container (a processor's whole thinking time); 10 more than a worker's own limit, so
-    that the one that knows what is stuck says so first. ``stall`` bounds the time in which a client neither sends nor
-    takes anything; 5 more than a gateway's, for the same reason. Neither bounds the job as a whole.
+    ``capacity`` jobs run at once. ``max_body`` bytes bound a job's body. ``job_timeout`` bounds, in seconds, the time
+    in which nothing is heard of the container (a processor's whole thinking time); 10 more than a worker's own limit,
+    so that the one that knows what is stuck says so first. ``stall`` bounds the time in which a client neither sends
+    nor takes anything; 5 more than a gateway's, for the same reason. Neither bounds the job as a whole.
     """
 
     host: str

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -144,7 +144,9 @@ def read_config(values: dict[str, Value]) -> OrchestratorConfig | GatewayConfig:
         raise ConfigError("-maxBody must be at least 1")
     if _int(values, "jobTimeout") < 0:
         raise ConfigError("-jobTimeout must not be negative")
-    return _orchestrator(values) if values["orchestrator"] else _gateway(values)
+    config = _orchestrator(values) if values["orchestrator"] else _gateway(values)
+    seconds = _int(values, "jobTimeout")
+    return replace(config, job_timeout=float(seconds)) if seconds else config
 
 
 def _orchestrator(values: dict[str, Value]) -> OrchestratorConfig:
@@ -173,7 +175,6 @@ def _orchestrator(values: dict[str, Value]) -> OrchestratorConfig:
         model_id=model,
         capacity=_int(values, "byocCapacity"),
         max_body=_int(values, "maxBody"),
-        job_timeout=_int(values, "jobTimeout") or OrchestratorConfig.job_timeout,
     )
 
 
@@ -192,7 +193,6 @@ def _gateway(values: dict[str, Value]) -> GatewayConfig:
         cli_port=cli_port,
         http_ingest=bool(values["httpIngest"]),
         max_body=_int(values, "maxBody"),
-        job_timeout=_int(values, "jobTimeout") or GatewayConfig.job_timeout,
     )
 
 

@@ -19,10 +19,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from gpu_byoc.errors import ConfigError, GpuByocError, OperatorError
+from gpu_byoc.errors import EXIT_INTERRUPTED, ConfigError, GpuByocError, OperatorError
 from gpu_byoc.local.children import Children
 from gpu_byoc.local.demo import _interruptible
-from gpu_byoc.local.job import EXIT_INTERRUPTED, beside
+from gpu_byoc.local.job import beside
 from gpu_byoc.local.jobclient import in_thread
 
 if TYPE_CHECKING:

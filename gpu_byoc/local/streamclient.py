@@ -22,14 +22,15 @@ from gpu_byoc.errors import GpuByocError, NetworkError, SegmentFailed
 from gpu_byoc.local.streamclip import START, Clip, due
 from gpu_byoc.media.audio import AudioPacket
 from gpu_byoc.media.demux import Demuxer, DemuxEvent, Picture
+from gpu_byoc.media.encode import CodedPicture
 from gpu_byoc.media.mpegts import CLOCK
 from gpu_byoc.media.mux import Piece, Segmenter
 from gpu_byoc.transport.trickle_client import OutgoingSegment, Publisher, Subscriber
 
 AHEAD: Final = 3  # segments, as fast as possible: a ring holds five, one of them is being written
 STALL_SECONDS: Final = 30.0  # without a picture while the publisher is held back for one
-TAIL_SECONDS: Final = 10.0  # for what was published last to come out
-QUIET_SECONDS: Final = 0.5  # without a picture, after which the rest is taken to wait for the end of input
+TAIL_SECONDS: Final = 10.0  # for something of the last segment to come out
+QUIET_SECONDS: Final = 0.5  # without a picture, after which a short stream is taken to wait for the end of input
 HELD: Final = 16  # pictures that a decoder of H.264 may hold back for their order (max_dec_frame_buffering)
 END_SECONDS: Final = 15.0  # for the worker to end the stream
 KEEP_SECONDS: Final = 10.0  # between signs of life, as go-livepeer and livepeer_gateway have it
@@ -77,7 +78,8 @@ class Plan:
 class Figures:
     """What one stream came to. ``published`` and ``received`` are the moments (``time.monotonic``) by PTS.
 
-    ``dropped`` and ``problems`` are the worker's counts by reason; ``compute`` its device seconds by second.
+    ``dropped`` and ``problems`` are the worker's counts by reason. ``compute`` are its device seconds by second, from
+    its heartbeats, which speak of seconds that are over; ``compute_total`` is what its status said at the end.
     """
 
     published: dict[int, float] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Figures:
     dropped: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
     compute: dict[int, float] = field(default_factory=dict)
+    compute_total: float = 0.0
 
     @property
     def dropped_frames(self) -> int:
@@ -100,7 +103,7 @@ class Figures:
 
     @property
     def compute_seconds(self) -> float:
-        return math.fsum(self.compute.values())
+        return max(self.compute_total, math.fsum(self.compute.values()))
 
     def latencies(self) -> list[float]:
         return [at - self.published[pts] for pts, at in self.received.items()]
@@ -184,18 +187,25 @@ class LiveClient:
                 text = json.loads(text).get("message", text)
             raise StreamRefused(f"the worker did not start {self.name}: HTTP {status}: {text}")
 
+    async def _total(self) -> None:
+        """Ask for the stream's sums while it is on the worker's table. Other workers may not have one."""
+        status, text = await self._ask("GET", f"{self._worker}/stream/status", limit=1 << 20)
+        with suppress(ValueError, KeyError, TypeError):
+            totals = json.loads(text)["compute"]["totals"] if status == 200 else {}
+            self.figures.compute_total = float(totals[self.name]["compute_seconds"])
+
     async def _delete(self) -> None:
         """All channels, as far as they are there. Deleting twice does no harm."""
         for url in self._urls.values():
             with suppress(StreamRefused):
                 await self._ask("DELETE", url)
 
-    async def _ask(self, method: str, url: str, **named: Any) -> tuple[int, str]:
+    async def _ask(self, method: str, url: str, limit: int = 500, **named: Any) -> tuple[int, str]:
         try:
             async with asyncio.timeout(_ASK_SECONDS), self._http.request(method, url, **named) as answer:
-                return answer.status, (await answer.text(errors="replace")).strip()[:500]
+                return answer.status, (await answer.text(errors="replace")).strip()[:limit]
         except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError
-            raise StreamRefused(f"{method} {url}: {error or 'no answer in time'}") from error
+            raise StreamRefused(f"{method} {url}: {str(error) or 'no answer in time'}") from error
 
     # --- in
 
@@ -219,40 +229,51 @@ class LiveClient:
                 if self._plan.real_time:
                     await asyncio.sleep(began + (due(unit) - START) / CLOCK - time.monotonic())
                 if isinstance(unit, AudioPacket):
-                    await feed.send(segmenter.audio(unit))
-                    continue
-                pieces = segmenter.video(unit)
-                if not self._plan.real_time and any(piece.starts for piece in pieces):
-                    await self._room(feed.complete)
-                self.figures.published[unit.pts] = time.monotonic()
-                await feed.send(pieces)
-                feed.shown = max(feed.shown, unit.pts)
-            await feed.send(segmenter.finish())
-            await feed.finish()
-            await self._tail()
+                    await feed.write(segmenter.audio(unit))
+                else:
+                    await self._picture_in(feed, segmenter, unit)
+            await feed.write(segmenter.finish())
+            feed.close()
+            await self._tail(feed.begins)
             self._on_last()
+            await self._total()
             self._all_in = True
 
-    async def _room(self, complete: Sequence[int]) -> None:
-        """Wait for the last PTS of the segment AHEAD of the next one; for anything at first, as a worker that
-        is still subscribing would begin with the newest segment. The last of ``complete`` is being written."""
-        if not complete:
+    async def _picture_in(self, feed: _Feed, segmenter: Segmenter, picture: CodedPicture) -> None:
+        *before, piece = segmenter.video(picture)
+        await feed.write(before)
+        if piece.starts:
+            feed.close()
+            if not self._plan.real_time:
+                await self._room(feed.ends)
+            await feed.open(picture.pts)
+        self.figures.published[picture.pts] = time.monotonic()
+        await feed.write([piece])
+        feed.ends[-1] = max(feed.ends[-1], picture.pts)
+
+    async def _room(self, ends: Sequence[int]) -> None:
+        """Wait for the end of the segment AHEAD of the next one; at first for anything, as a worker that is still
+        subscribing would begin with the newest segment. ``ends`` has the last PTS of each segment so far."""
+        if not ends:
             return
-        until = complete[-AHEAD] if len(complete) >= AHEAD else 0
+        until = ends[-AHEAD] if len(ends) >= AHEAD else 0
         while self._furthest < until:
-            if not await self._picture(STALL_SECONDS):
+            if not await self._another(STALL_SECONDS):
                 raise StreamFailed(f"nothing of {self.name} came out for {STALL_SECONDS:g} s")
 
-    async def _tail(self) -> None:
-        """Wait until what was published last is out, or all but what a decoder holds until the end of input."""
-        order = sorted(self.figures.published) or [-1]
-        most = order[-HELD - 1] if len(order) > HELD else -1
-        deadline = time.monotonic() + TAIL_SECONDS
-        while self._furthest < order[-1] and time.monotonic() < deadline:
-            if not await self._picture(QUIET_SECONDS) and self._furthest >= most:
+    async def _tail(self, begins: Sequence[int]) -> None:
+        """Wait until the worker reads the last segment: it will get all of it then, though the channel is closed.
+        That is known from a picture of it that is out, or of the one before if a decoder may hold all of the last.
+        ``begins`` has the first PTS of each segment."""
+        order = self.figures.published
+        late = [first for first in begins[-2:] if sum(pts >= first for pts in order) > HELD]
+        until = late[-1] if late else -1
+        patience = TAIL_SECONDS if late else QUIET_SECONDS
+        while self._furthest < until or (not late and len(self.figures.received) < len(order)):
+            if not await self._another(patience):
                 return
 
-    async def _picture(self, seconds: float) -> bool:
+    async def _another(self, seconds: float) -> bool:
         """Whether another picture comes out within so many seconds."""
         self._came.clear()
         try:
@@ -336,41 +357,35 @@ class LiveClient:
             raise StreamFailed(f"the worker did not end {self.name} within {END_SECONDS:g} s") from None
         status, text = await self._ask("GET", self._urls["publish"] + "/next")
         last = int(text) - 1 if status == 200 and text.isascii() and text.isdigit() else -1
-        while self._read < last and await self._picture(QUIET_SECONDS):
+        while self._read < last and await self._another(QUIET_SECONDS):
             pass
 
 
 class _Feed:
-    """Pieces into segments; a segment is closed while the next one is written."""
+    """Pieces into segments. A segment is confirmed while the next one is written."""
 
     def __init__(self, publisher: Publisher, closing: asyncio.TaskGroup) -> None:
-        self.shown = -1  # the largest PTS so far
-        self._ends: list[int] = []  # ... at the end of each segment
+        self.begins: list[int] = []  # the PTS of each segment's keyframe
+        self.ends: list[int] = []  # the largest PTS of each segment, so far
         self._publisher = publisher
         self._closing = closing
         self._segment: OutgoingSegment | None = None
 
-    @property
-    def complete(self) -> list[int]:
-        """The last PTS of each segment, that of the one being written included: it is complete if one starts now."""
-        return [*self._ends, self.shown] if self._segment is not None else []
+    async def open(self, pts: int) -> None:
+        self._segment = await self._publisher.open()
+        self.begins.append(pts)
+        self.ends.append(pts)
 
-    async def send(self, pieces: Sequence[Piece]) -> None:
+    async def write(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
-            if piece.starts:
-                await self._next()
             if self._segment is not None:
                 await self._segment.write(piece.data)
 
-    async def finish(self) -> None:
-        if self._segment is not None:
-            await self._segment.close()
-
-    async def _next(self) -> None:
+    def close(self) -> None:
+        """The segment is complete: its readers need not wait for more."""
         if self._segment is not None:
             self._closing.create_task(self._segment.close())
-            self._ends.append(self.shown)
-        self._segment = await self._publisher.open()
+            self._segment = None
 
 
 def _texts(errors: BaseExceptionGroup[BaseException]) -> Iterator[str]:

@@ -96,7 +96,7 @@ async def _answers(
                     return
         except (aiohttp.ClientError, OSError) as error:
             if child is None:
-                raise ConfigError(f"{flag}: nobody answers at {url} ({error or 'not in time'})") from error
+                raise ConfigError(f"{flag}: nobody answers at {url} ({str(error) or 'not in time'})") from error
         await asyncio.sleep(_POLL_SECONDS)
     if child is None:
         raise ConfigError(f"{flag}: {url} was not as expected within {READY_SECONDS:g} s")

@@ -199,18 +199,23 @@ class Pool:
             connection = idle.pop()
             if connection.usable:
                 return connection
-        if self._closed:
-            raise ConnectionAbortedError("this process is on its way out")
+        self._check_open()
         async with asyncio.timeout(CONNECT_SECONDS):
             _, connection = await asyncio.get_running_loop().create_connection(
                 lambda: Connection(self._lose), origin.host, origin.port, ssl=origin.tls or None
             )
         self._live.add(connection)
         self._gone.clear()
-        if self._closed:  # while we were connecting
+        try:
+            self._check_open()  # it may have been closed while we were connecting
+        except ConnectionAbortedError:
             connection.close()
-            raise ConnectionAbortedError("this process is on its way out")
+            raise
         return connection
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionAbortedError("this process is on its way out")
 
     def release(self, origin: Origin, connection: Connection) -> None:
         """Give it back; it is closed unless its last exchange was complete."""

@@ -142,7 +142,7 @@ async def orchestrator(datadir: Path, container: Box | str | None, **named: Any)
 async def gateway(*peers: Orchestrator | str, **named: Any) -> AsyncIterator[Gateway]:
     urls = tuple(peer if isinstance(peer, str) else f"http://127.0.0.1:{peer.port}" for peer in peers)
     fields = {"orchestrators": urls, "host": "127.0.0.1", "port": 0, "cli_host": "127.0.0.1", "cli_port": 0}
-    fields |= {"datadir": Path("unused"), "http_ingest": True}
+    fields["http_ingest"] = True
     async with Gateway(GatewayConfig(**{**fields, **named})) as made:
         yield made
 

@@ -82,7 +82,9 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     assert "every byte of 132 frames equals numpy's" in said
     assert re.search(r"132 frames in [\d.]+ s: .* p50 .* p99", said)
     assert re.search(r"numpy on cpu: queue [\d.]+ s, copy 0.0000 s, compute [\d.]+ s", said)
-    assert re.search(r"ledger: 133 jobs, [\d.]+ s of wall time, 133 s billed", said)
+    assert re.search(r"ledger: 133 jobs, [\d.]+ s of wall time, 133 s billed: each job's wall seconds rounded up", said)
+    (worker,) = re.findall(r"^  worker .*$", said, re.MULTILINE)
+    assert len(worker) <= 100
     assert "\x1b" not in said, "colours in a pipe"
     assert sorted(path.name for path in (tmp_path / "demo-out").iterdir()) == ["before-after.png", "green-tint.mp4"]
     assert not list((tmp_path / "tmp").iterdir()), "temporary files are left"

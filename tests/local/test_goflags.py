@@ -92,4 +92,5 @@ def test_mistakes_are_named(argv: list[str], told: str) -> None:
 def test_usage_lists_every_flag() -> None:
     text = usage(FLAGS)
     assert all(f"  -{flag.name}" in text and flag.help in text for flag in FLAGS)
+    assert "  -dataDir, -datadir str\n" in text
     assert "(default ~/x)" in text

@@ -148,7 +148,7 @@ def test_an_image_is_one_job_of_its_type(tmp_path: Path, suffix: str, kind: str)
     assert target.read_bytes() == source.read_bytes()
 
 
-def test_a_video_becomes_a_video_frame_by_frame(tmp_path: Path) -> None:
+def test_a_video_becomes_a_video_frame_by_frame(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec, rate = FrameSpec(64, 48), Fraction(30)
     with clips.ClipWriter(tmp_path / "in.mp4", spec, rate) as clip:
         for number in range(9):
@@ -160,6 +160,7 @@ def test_a_video_becomes_a_video_frame_by_frame(tmp_path: Path) -> None:
 
     assert command(invert, "--input", tmp_path / "in.mp4", "--output", tmp_path / "out.mp4") == 0
     assert clips.probe(tmp_path / "out.mp4") == clips.ClipInfo(spec, rate, 9)
+    assert "out.mp4: 30 frames/s throughout, and no sound" in capsys.readouterr().out
     for number, frame in enumerate(clips.frames(tmp_path / "out.mp4")):
         assert np.abs(frame.astype(int) - (255 - 20 * number)).max() <= 4
 
@@ -168,7 +169,7 @@ def test_a_video_becomes_a_video_frame_by_frame(tmp_path: Path) -> None:
 
 
 def test_busy_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in").write_bytes(b"abc")
+    (tmp_path / "in.bin").write_bytes(b"abc")
     answers = [503, 503, 200]
 
     async def handler(request: web.Request) -> web.Response:
@@ -176,13 +177,15 @@ def test_busy_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         status = answers.pop(0)
         return web.Response(status=status, body=body, headers={"Retry-After": "0"} if status == 503 else {})
 
-    assert command(handler, "--input", tmp_path / "in", "--output", tmp_path / "out") == 0
+    assert command(handler, "--input", tmp_path / "in.bin", "--output", tmp_path / "out") == 0
     assert (tmp_path / "out").read_bytes() == b"abc"
-    assert "2 jobs sent again" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "2 jobs sent again" in captured.out
+    assert captured.err == f"HTTP 503: abc; sending jobs again, each up to {RETRIES} times\n", "said once"
 
 
 def test_busy_for_ever_is_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in").write_bytes(b"abc")
+    (tmp_path / "in.bin").write_bytes(b"abc")
     asked = 0
 
     async def handler(request: web.Request) -> web.Response:
@@ -190,15 +193,15 @@ def test_busy_for_ever_is_given_up(tmp_path: Path, capsys: pytest.CaptureFixture
         asked += 1
         return web.json_response({"message": "no slot"}, status=503, headers={"Retry-After": "0"})
 
-    assert command(handler, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
+    assert command(handler, "--input", tmp_path / "in.bin", "--output", tmp_path / "out") == 1
     assert asked == RETRIES + 1
-    assert "HTTP 503: no slot" in capsys.readouterr().err
+    assert "gpu-byoc job: HTTP 503: no slot" in capsys.readouterr().err
 
 
 def test_a_refusal_ends_it_and_leaves_an_earlier_output_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "in").write_bytes(bytes(3 * 12))
+    (tmp_path / "in.bin").write_bytes(bytes(3 * 12))
     (tmp_path / "out").write_bytes(b"earlier")
     answers = [200, 422, 200]
 
@@ -209,22 +212,22 @@ def test_a_refusal_ends_it_and_leaves_an_earlier_output_alone(
         return web.json_response({"message": "parameter 'boost': too much"}, status=status)
 
     size = ("--width", 2, "--height", 2, "--concurrency", 1)
-    code = command(handler, "--input", tmp_path / "in", "--output", tmp_path / "out", *size)
+    code = command(handler, "--input", tmp_path / "in.bin", "--output", tmp_path / "out", *size)
     assert code == 1
     assert "HTTP 422: parameter 'boost': too much" in capsys.readouterr().err
     assert answers == [200], "the third frame was sent after the second was refused"
     assert (tmp_path / "out").read_bytes() == b"earlier"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.bin", "out"]
 
 
 def test_an_answer_of_another_length_or_type_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in").write_bytes(b"abcdef")
+    (tmp_path / "in.bin").write_bytes(b"abcdef")
     (tmp_path / "in.png").write_bytes(b"abcdef")
 
     async def short(request: web.Request) -> web.Response:
         return web.Response(body=(await request.read())[:-1], content_type="text/plain")
 
-    assert command(short, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
+    assert command(short, "--input", tmp_path / "in.bin", "--output", tmp_path / "out") == 1
     assert "5 bytes, the frame 6" in capsys.readouterr().err
     assert command(short, "--input", tmp_path / "in.png", "--output", tmp_path / "out.png") == 1
     assert "text/plain" in capsys.readouterr().err
@@ -233,28 +236,60 @@ def test_an_answer_of_another_length_or_type_is_no_success(tmp_path: Path, capsy
 
 
 def test_no_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in").write_bytes(b"abc")
+    (tmp_path / "in.bin").write_bytes(b"abc")
     url = f"http://127.0.0.1:{free_port()}"
-    arguments = ["--model-id", "m", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    arguments = ["--model-id", "m", "--input", str(tmp_path / "in.bin"), "--output", str(tmp_path / "out")]
     assert job.main(["--gateway", url, *arguments]) == 1
-    assert f"no gateway at {url}" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"gpu-byoc job: no gateway at {url}: connection refused. Start one with 'gpu-byoc livepeer -gateway "
+        "-httpIngest', or say with --gateway where it is\n"
+    )
 
 
-def test_files_that_cannot_be_read_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(echo, "--input", tmp_path / "none", "--output", tmp_path / "out") == 1
-    assert "none" in capsys.readouterr().err
-    (tmp_path / "in").write_bytes(b"abc")
-    assert command(echo, "--input", tmp_path / "in", "--output", tmp_path / "no" / "out") == 1
-    assert "no/out" in capsys.readouterr().err
-    (tmp_path / "empty").write_bytes(b"")
-    assert command(echo, "--input", tmp_path / "empty", "--output", tmp_path / "out") == 1
+@pytest.mark.parametrize("kind", ["bin", "png", "mp4"])
+def test_what_is_missing_is_said_before_anything_is_sent(tmp_path: Path, kind: str) -> None:
+    """In the same order for every kind: the input, the place of the output, the gateway."""
+    source, target = tmp_path / f"in.{kind}", tmp_path / f"out.{kind}"
+    url = f"http://127.0.0.1:{free_port()}"
+
+    def run(output: Path) -> int:
+        return job.main(["--gateway", url, "--model-id", "m", "--input", str(source), "--output", str(output)])
+
+    with pytest.raises(ConfigError, match=rf"--input .*in\.{kind}: there is no such file"):
+        run(tmp_path / "no" / "out" / target.name)
+    if kind == "mp4":
+        with clips.ClipWriter(source, FrameSpec(64, 48), Fraction(30)) as clip:
+            clip.write(bytes(64 * 48 * 3))
+    else:
+        source.write_bytes(b"abc")
+    with pytest.raises(ConfigError, match=rf"--output .*out\.{kind}: there is no directory .*no.out; make it first"):
+        run(tmp_path / "no" / "out" / target.name)
+    target.mkdir()
+    with pytest.raises(ConfigError, match="that is a directory"):
+        run(target)
+    target.rmdir()
+    assert run(target) == 1
+    assert not list(tmp_path.glob("out*"))
+    source.unlink()
+    source.mkdir()
+    with pytest.raises(ConfigError, match="is not a file"):
+        run(target)
+
+
+def test_files_that_cannot_be_worked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.bin").write_bytes(b"")
+    assert command(echo, "--input", tmp_path / "empty.bin", "--output", tmp_path / "out") == 1
     assert "is empty" in capsys.readouterr().err
     (tmp_path / "text.mp4").write_text("no video")
     assert command(echo, "--input", tmp_path / "text.mp4", "--output", tmp_path / "out.mp4") == 1
     assert "text.mp4" in capsys.readouterr().err
+    (tmp_path / "in").write_bytes(b"abc")
     size = ("--width", 2, "--height", 2)
     assert command(echo, "--input", tmp_path / "in", "--output", tmp_path / "out", *size) == 1
     assert "no whole number of 2x2 rgb24 frames of 12 bytes" in capsys.readouterr().err
+
+
+RAW_SIZE = ("--width", "1", "--height", "1", "--format", "gray")
 
 
 @pytest.mark.parametrize(
@@ -264,11 +299,15 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path, capsys: pytest.Cap
         (["--input", "a.mp4", "--output", "a.avi"], "mp4"),
         (["--input", "a.png", "--output", "b.png", "--width", "2", "--height", "2"], "raw frames"),
         (["--input", "a", "--output", "b", "--width", "2"], "or neither"),
+        (["--input", "a.gif", "--output", "b.gif"], "jpg, jpeg or png"),
+        (["--input", "a", "--output", "b"], "of what kind"),
+        (["--input", "a.bin", "--output", "b", "--model-id", "a\nb"], "--model-id"),
+        (["--input", "a.bin", "--output", "b", "--model-id", " "], "--model-id"),
         (["--input", "a", "--output", "b", "--param", "boost"], "NAME=VALUE"),
         (["--input", "a", "--output", "b", "--param", "width=3"], "use --width"),
         (["--input", "a", "--output", "b", "--concurrency", "0"], "1 to 256"),
         (["--input", __file__, "--output", "b", "--gateway", "localhost:8935"], "URL like"),
-        (["--input", __file__, "--output", "b", "--param", "a b=1"], "letters"),
+        (["--input", __file__, "--output", "b", *RAW_SIZE, "--param", "a b=1"], "letters"),
     ],
 )
 def test_arguments_that_cannot_work(arguments: list[str], message: str) -> None:
@@ -277,7 +316,7 @@ def test_arguments_that_cannot_work(arguments: list[str], message: str) -> None:
 
 
 def test_ctrl_c_ends_the_job_on_its_way_and_leaves_no_file(tmp_path: Path) -> None:
-    (tmp_path / "in").write_bytes(b"abc")
+    (tmp_path / "in.bin").write_bytes(b"abc")
     arrived, dropped = asyncio.Event(), asyncio.Event()
 
     async def never(request: web.Request) -> web.Response:
@@ -291,7 +330,7 @@ def test_ctrl_c_ends_the_job_on_its_way_and_leaves_no_file(tmp_path: Path) -> No
 
     async def run() -> tuple[int, str]:
         async with gateway(never) as url:
-            arguments = ["--gateway", url, "--model-id", "m", "--input", "in", "--output", "out"]
+            arguments = ["--gateway", url, "--model-id", "m", "--input", "in.bin", "--output", "out"]
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", INTERRUPTIBLE, *arguments, cwd=tmp_path, stderr=asyncio.subprocess.PIPE
             )
@@ -310,7 +349,7 @@ def test_ctrl_c_ends_the_job_on_its_way_and_leaves_no_file(tmp_path: Path) -> No
 
     code, errors = asyncio.run(run())
     assert (code, errors) == (130, "gpu-byoc job: interrupted; out was not written\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.bin"]
 
 
 # A shell gives a command with "&" an ignored SIGINT, and whoever runs these tests may be such a command.
@@ -408,6 +447,13 @@ def test_tally() -> None:
     assert (tally.percentile(0.5), tally.percentile(0.99)) == (0.050, 0.099)
     assert (tally.frames, tally.retries, tally.compute_seconds, tally.copy_seconds) == (200, 100, 50.0, 0.0)
     assert tally.where == "numpy on cpu"
+
+
+def test_absurd_numbers_count_as_nothing() -> None:
+    tally = Tally()
+    for number in (10**400, -1, float("nan"), True, "1"):
+        tally.add(Answer(b"", dict.fromkeys((*Tally.SUMS, "frames"), number), {}, 0.1, 0))
+    assert (tally.frames, tally.compute_seconds, len(tally.latencies)) == (0, 0.0, 5)
 
 
 # --- a real worker

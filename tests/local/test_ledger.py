@@ -42,6 +42,8 @@ def test_the_start_is_utc() -> None:
         ('{"compute_seconds": "1"}', None),
         ('{"compute_seconds": NaN}', None),
         ('{"compute_seconds": 1e999}', None),
+        (f'{{"compute_seconds": 1{"0" * 400}}}', None),  # an integer beyond any float
+        (f'{{"compute_seconds": 1{"0" * 5000}}}', None),  # and one that Python refuses to read
         ("{}", None),
         ("[1]", None),
         ("not JSON", None),
@@ -131,6 +133,62 @@ for number in itertools.count():
     if number > 20_000:
         sys.stdin.read()
 """
+
+
+BEGUN = """
+import sys
+from pathlib import Path
+from gpu_byoc.local.ledger import Entry, Ledger
+ledger = Ledger(Path(sys.argv[1]))
+ledger.open()
+ledger.add(Entry("job1", "a", "2026-01-01T00:00:00.000Z", 0.5, 1, 0.25, "ok", 200))
+ledger.begin("job2", "a", "2026-01-01T00:00:01.000Z")
+print("begun", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_job_that_was_running_at_a_kill_is_unfinished(tmp_path: Path) -> None:
+    def outcomes() -> list[tuple[str, str, int]]:
+        rows = read_usage(tmp_path, 9).entries
+        return [(row.job_id, row.outcome, row.billed_seconds) for row in rows]
+
+    with running(str(tmp_path), program=("-c", BEGUN)) as process:
+        process.wait_for("begun")
+
+        async def both_are_stored() -> None:
+            await soon(lambda: len(outcomes()) == 2)
+
+        asyncio.run(both_are_stored())
+        assert outcomes() == [("job1", "ok", 1), ("job2", "running", 0)]
+        assert read_usage(tmp_path, 9).totals["a"].jobs == 1, "what runs is in no total"
+        process.end(signal.SIGKILL)
+
+    async def start_again() -> None:
+        ledger = Ledger(tmp_path)
+        ledger.open()
+        await ledger.close()
+        assert ledger.totals == Totals(2, 0.5, 1, 0.25)
+
+    asyncio.run(start_again())
+    assert outcomes() == [("job1", "ok", 1), ("job2", "unfinished", 0)]
+    assert read_usage(tmp_path, 9).totals == {"a": Totals(2, 0.5, 1, 0.25)}
+
+
+@in_loop
+async def test_a_row_is_completed_whether_or_not_it_was_written_before(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.open()
+    try:
+        ledger.begin("job1", "a", utc(1_700_000_000.0))
+        await soon(lambda: [row.outcome for row in read_usage(tmp_path, 9).entries] == ["running"])
+        ledger.begin("job2", "a", utc(1_700_000_000.0))
+        ledger.add(entry(2))
+        ledger.add(entry(1))
+    finally:
+        await ledger.close()
+    assert read_usage(tmp_path, 9).entries == [entry(1), entry(2)]
+    assert ledger.totals.jobs == 2
 
 
 def test_kill_9_tears_no_row(tmp_path: Path) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from gpu_byoc.config import GatewayConfig, OrchestratorConfig
+from gpu_byoc.config import GatewayConfig, OrchestratorConfig, ServeConfig
 from gpu_byoc.errors import ConfigError, PortInUse
 from gpu_byoc.local import goflags
+from gpu_byoc.local.jobclient import ANSWER_SECONDS
+from gpu_byoc.local.ledger import Entry, Ledger
 from gpu_byoc.local.network import FLAGS, address, http_url, main, read_config, usage_main
 from gpu_byoc.local.orchestrator import Orchestrator
 from tests.local.kit import FRAME, MODEL, box, in_loop, post
@@ -48,7 +53,6 @@ def test_the_pages_commands() -> None:
         port=8935,
         cli_host="127.0.0.1",
         cli_port=5935,
-        datadir=home / ".lpData-gw",
         http_ingest=True,
     )
 
@@ -77,12 +81,21 @@ def test_several_orchestrators() -> None:
         ("-orchestrator -cliAddr a:99999", "-cliAddr"),
         ("-gateway -orchAddr ,", "-orchAddr"),
         ("-gateway -maxBody 0", "-maxBody"),
+        ("-gateway -jobTimeout -1", "-jobTimeout"),
     ],
 )
 def test_mistakes_name_the_flag(line: str, told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config(line)
     assert told in str(caught.value)
+
+
+def test_patience_grows_towards_the_client() -> None:
+    """Whoever is nearest to what is stuck must be the first to say so."""
+    orch, gate = config("-orchestrator"), config("-gateway")
+    assert ServeConfig().job_timeout < orch.job_timeout < gate.job_timeout < ANSWER_SECONDS
+    assert gate.stall < orch.stall
+    assert config("-orchestrator -jobTimeout 7").job_timeout == config("-gateway -jobTimeout=7").job_timeout == 7
 
 
 def test_addresses() -> None:
@@ -99,7 +112,10 @@ def test_version_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-version"]) == 0
     assert re.search(r"\d+\.\d+\.\d+", capsys.readouterr().out)
     assert main(["-help"]) == 0
-    assert "-byocContainerURL" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "-byocContainerURL" in told
+    assert "-dataDir, -datadir str" in told
+    assert "gateway: accepted, nothing is kept" in told
     assert main(["-gatway"]) == 2
     assert "unknown flag: -gatway (did you mean -gateway?)" in capsys.readouterr().err
     assert usage_main(["-h"]) == 0
@@ -108,8 +124,6 @@ def test_version_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
 
 @in_loop
 async def test_a_port_in_use_names_its_owner(tmp_path: Path) -> None:
-    import os
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         fields = {"host": "127.0.0.1", "port": 0, "cli_host": "127.0.0.1", "cli_port": 0, "datadir": tmp_path}
@@ -184,3 +198,37 @@ def test_a_taken_port_ends_the_command(tmp_path: Path) -> None:
 def test_usage_without_a_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert usage_main(["-datadir", str(tmp_path)]) == 2
     assert "-datadir" in capsys.readouterr().err
+
+
+def test_usage_of_an_empty_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _ledger(tmp_path, 0)
+    assert usage_main(["-datadir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "no jobs yet\n"
+    assert usage_main(["-datadir", str(tmp_path), "-json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"jobs": [], "totals": {}}
+
+
+@pytest.mark.parametrize("flags", [(), ("-json",)])
+def test_usage_into_a_pipe_that_nobody_reads(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """As ``gpu-byoc usage | head`` does when head has its lines: no complaint."""
+    _ledger(tmp_path, 50)
+    program = "import sys; from gpu_byoc.local.network import usage_main; sys.exit(usage_main(sys.argv[1:]))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = (sys.executable, "-c", program, "-datadir", str(tmp_path), *flags)
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=30, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def _ledger(datadir: Path, jobs: int) -> None:
+    async def write() -> None:
+        ledger = Ledger(datadir)
+        ledger.open()
+        for number in range(jobs):
+            ledger.add(Entry(f"job{number}", MODEL, "2026-01-01T00:00:00.000Z", 0.5, 1, None, "ok", 200))
+        await ledger.close()
+
+    asyncio.run(write())

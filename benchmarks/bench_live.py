@@ -1,0 +1,229 @@
+"""Live streams through a real trickle server and a real worker, against the floor of decoding and encoding.
+
+The packaged clip, three rounds of it, at 704x384 and 1280x720: H.264 without B-frames, 25 fps, a keyframe every 2 s,
+its AAC kept. Published in real time, then as fast as it comes out (lossless, three segments ahead), then N streams at
+once. Publisher and viewer are one process, so latency by PTS has one clock; it is from the last byte handed over to the
+last byte received.
+
+CPU is the worker process's alone, from the first picture out to the last. The floor is decode + yuv420p to rgb24 + back
++ encode over the same pictures at the same settings in one thread, measured right before and right after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Final
+
+import av
+from av.video.frame import PictureType, VideoFrame
+from av.video.reformatter import VideoReformatter
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.bench_media import CLIP, RATE, SIZES, WORKS, Material
+from benchmarks.harness import machine, rss
+from gpu_byoc.frames import FrameSpec
+from gpu_byoc.local import streamclip, streamrig
+from gpu_byoc.local.children import Children
+from gpu_byoc.local.streamclient import Plan, quantile
+from gpu_byoc.media.decode import Frame, StreamReader
+from gpu_byoc.media.demux import Demuxer, Picture
+from gpu_byoc.media.encode import CodedPicture
+from gpu_byoc.media.mux import Segmenter
+
+ROUNDS: Final = 3  # of the clip in the file: 396 frames, so that a run of ten seconds is not one scene twice
+GOP: Final = 2 * RATE
+STREAMS: Final = (1, 2, 4, 8)
+FLOOR_FRAMES: Final = 100
+NOT_RUN: Final = (
+    ("pytrickle, the peer", "needs an environment of its own with torch and a trickle server that it knows"),
+    ("a GPU (h264_nvenc, cupy, torch)", "these figures are of the numpy backend and libx264; run it on a GPU machine"),
+)
+
+
+def make_clip(target: Path, width: int, height: int, rounds: int = ROUNDS) -> None:
+    """The packaged clip scaled, as a camera's encoder would send it: no B-frames, no keyframe at cuts."""
+    with av.open(str(target), "w") as out, av.open(str(CLIP)) as first:
+        video: Any = out.add_stream("libx264", RATE)
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        video.options = {"preset": "veryfast", "tune": "zerolatency", "g": str(GOP), "sc_threshold": "0"}
+        video.codec_context.thread_count = 1
+        sound: Any = out.add_stream_from_template(first.streams.audio[0])
+        count = first.streams.video[0].frames
+        for turn in range(rounds):
+            for packet in _sound(Fraction(count, RATE), turn):
+                packet.stream = sound
+                out.mux(packet)
+            for number, frame in enumerate(_scaled(width, height)):
+                frame.pts, frame.time_base = turn * count + number, Fraction(1, RATE)
+                frame.pict_type = PictureType.NONE
+                out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+
+
+def _scaled(width: int, height: int) -> Iterator[VideoFrame]:
+    scaler = VideoReformatter()
+    with av.open(str(CLIP)) as source:
+        for frame in source.decode(video=0):
+            yield scaler.reformat(frame, width, height, "yuv420p", threads=1)
+
+
+def _sound(length: Fraction, turn: int) -> Iterator[Any]:
+    """The clip's AAC packets, ``turn`` times its length later."""
+    with av.open(str(CLIP)) as source:
+        for packet in source.demux(audio=0):
+            if packet.pts is None or packet.dts is None or not 0 <= packet.pts * packet.time_base < length:
+                continue
+            shift = int(turn * length / packet.time_base)
+            packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+            yield packet
+
+
+class Floor:
+    """``measure()`` answers CPU milliseconds a frame, the sum of its four parts."""
+
+    def __init__(self, clip: streamclip.Clip, spec: FrameSpec) -> None:
+        segmenter = Segmenter()
+        coded = [unit for unit in clip.units if isinstance(unit, CodedPicture)][:FLOOR_FRAMES]
+        stream = b"".join(piece.data for unit in coded for piece in segmenter.video(unit))
+        demuxer = Demuxer()
+        pictures = [each for each in [*demuxer.feed(stream), *demuxer.finish()] if isinstance(each, Picture)]
+        reader = StreamReader()
+        events = [*reader.feed(stream), *reader.finish()]
+        frames = [each.picture for each in events if isinstance(each, Frame)]
+        self._material = Material(spec, stream, pictures, frames, memoryview(bytearray(spec.nbytes)), coded)
+        self._parts = [work for name, work in WORKS.items() if name.startswith("floor")]
+
+    def measure(self) -> float:
+        began = time.process_time()
+        for work in self._parts:
+            work(self._material)
+        return (time.process_time() - began) / len(self._material.frames) * 1e3
+
+
+@contextmanager
+def _rig(streams: int, lossless: bool) -> Iterator[streamrig.Rig]:
+    with tempfile.TemporaryDirectory() as logs, Children(Path(logs)) as children:
+        rig = streamrig.start(children, backend="numpy", streams=streams, lossless=lossless)
+        asyncio.run(streamrig.ready(rig))
+        yield rig
+
+
+def _play(plan: Plan, streams: int) -> tuple[streamrig.Play, int]:
+    """The run, and the worker's resident bytes at its end."""
+    with _rig(streams, not plan.real_time) as rig:
+        play = streamrig.Play(rig, plan, streams)
+        asyncio.run(play.run())
+        if errors := [client.error for client in play.clients if client.error]:
+            raise RuntimeError("; ".join(errors))
+        assert rig.worker_child is not None
+        return play, rss(rig.worker_child.process.pid)
+
+
+def _row(what: str, size: str, floor: Floor, plan: Plan, streams: int) -> dict[str, Any]:
+    before = floor.measure()
+    play, resident = _play(plan, streams)
+    base = (before + floor.measure()) / 2
+    assert play.cpu_seconds is not None
+    assert play.cpu_per_frame is not None
+    p50, p95, p99 = (quantile(play.latencies, part) * 1e3 for part in (0.5, 0.95, 0.99))
+    return {
+        "size": size,
+        "what": what,
+        "streams": streams,
+        "frames_in": sum(len(each.published) for each in play.figures),
+        "frames_out": play.frames_out,
+        "dropped": sum(each.dropped_frames for each in play.figures),
+        "lost": sum(each.lost for each in play.figures),
+        "frames_per_second": play.rate,
+        "floor_ms": base,
+        "cpu_ms": play.cpu_per_frame * 1e3,
+        "times_floor": play.cpu_per_frame * 1e3 / base,
+        "cores": play.cpu_seconds / play.seconds,
+        "p50_ms": p50,
+        "p95_ms": p95,
+        "p99_ms": p99,
+        "rss_mb": resident / 1e6,
+    }
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    """A row for each run; after them one for each thing that was not run, with the reason."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for width, height in SIZES:
+            size = f"{width}x{height}"
+            path = Path(directory) / f"{size}.mp4"
+            make_clip(path, width, height, 1 if quick else ROUNDS)
+            clip = streamclip.load(path)
+            floor = Floor(clip, FrameSpec(width, height))
+            floor.measure()  # once for the caches
+            seconds = 4.0 if quick else 10.0
+            if (width, height) == SIZES[0]:
+                for streams in STREAMS:
+                    rows.append(_row("real time", size, floor, Plan(clip, True, seconds), streams))
+            else:
+                rows.append(_row("real time", size, floor, Plan(clip, True, seconds), 1))
+            rows.append(_row("flood", size, floor, Plan(clip, False, 2 * seconds), 1))
+    return rows + [{"what": what, "not_run": reason} for what, reason in NOT_RUN]
+
+
+HEADS: Final = {
+    "size": "size",
+    "what": "what",
+    "streams": "streams",
+    "frames_in": "in",
+    "frames_out": "out",
+    "dropped": "dropped",
+    "lost": "lost",
+    "frames_per_second": "frames/s",
+    "floor_ms": "floor ms",
+    "cpu_ms": "CPU ms",
+    "times_floor": "x floor",
+    "p50_ms": "p50 ms",
+    "p95_ms": "p95 ms",
+    "p99_ms": "p99 ms",
+    "rss_mb": "RSS MB",
+}
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(title="live streams: CPU of the worker a frame, latency by PTS")
+    for head in HEADS.values():
+        table.add_column(head, justify="left" if head in ("size", "what") else "right", no_wrap=True)
+    for row in rows:
+        if "not_run" not in row:
+            table.add_row(*(f"{row[name]:.1f}" if isinstance(row[name], float) else str(row[name]) for name in HEADS))
+    console.print(table)
+    for row in rows:
+        if "not_run" in row:
+            console.print(f"not run: {row['what']}: {row['not_run']}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_live", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="shorter runs, for a look")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    given = parser.parse_args()
+    began = time.time()
+    console = Console(width=140, highlight=False)
+    rows = run(given.quick)
+    show(console, rows)
+    if given.output:
+        report = {"machine": machine(), "unix_time": int(began), "quick": given.quick, "live": rows}
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        given.output.write_text(json.dumps(report, indent=1) + "\n")
+        console.print(f"written to {given.output}")
+    return int(any(row.get("lost", 0) for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
