@@ -72,7 +72,8 @@ class _Pipe(Generic[T]):
         if self._items:
             item, weight = self._items.popleft()
             self._weight -= weight
-            self._wake()
+            if self._weight < self._limit:
+                self._wake()
             return item
         if self._broken:
             raise Closed

@@ -77,7 +77,7 @@ def _worker_flags() -> list[tuple[str, Callable[[str], object], object, str]]:
         ("slot-wait", float, default.slot_wait, "seconds a job waits in the line for a slot before 503"),
         ("body-timeout", float, default.body_timeout, "seconds over which a body or an answer must make headway"),
         ("job-timeout", float, default.job_timeout, "seconds to wait for the processor before 504"),
-        ("max-streams", int, default.max_streams, "live streams at once"),
+        ("max-streams", int, None, "live streams at once; a third of the slots unless said"),
         (
             "latency-budget-ms",
             float,

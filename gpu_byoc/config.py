@@ -58,9 +58,9 @@ class ServeConfig:
     come, and an answer be taken, at more than a minimum rate. ``job_timeout`` bounds the wait for the processor, in
     seconds; 300 is the overall limit that the network's own clients use.
 
-    ``max_streams`` live streams run at once: each holds three slots of the 32 when it keeps up (one decoded into, one
-    on the device, one encoded out of). A frame that has no slot ``latency_budget`` seconds after its arrival is
-    dropped; with ``lossless`` it waits. ``insecure`` takes any TLS certificate of a trickle server.
+    ``max_streams`` live streams run at once; unless said, what the slots allow: each holds three when it keeps up (one
+    decoded into, one on the device, one encoded out of). A frame that has no slot ``latency_budget`` seconds after its
+    arrival is dropped; with ``lossless`` it waits. ``insecure`` takes any TLS certificate of a trickle server.
     """
 
     host: str = "0.0.0.0"
@@ -77,7 +77,7 @@ class ServeConfig:
     max_collected: int = 512 * MIB
     body_timeout: float = 30.0
     job_timeout: float = 300.0
-    max_streams: int = 10
+    max_streams: int | None = None
     latency_budget: float = 1.0
     lossless: bool = False
     encoder: str = "auto"
@@ -89,10 +89,15 @@ class ServeConfig:
             raise ConfigError(f"--port {self.port} is not a port; 1 to 65535, or 0 for a free one")
         if self.max_body < 1 or self.max_pixels < 1:
             raise ConfigError("--max-body-mb must be at least 1")
-        if self.max_streams < 0 or self.latency_budget <= 0:
+        if (self.max_streams is not None and self.max_streams < 0) or self.latency_budget <= 0:
             raise ConfigError("--max-streams must not be negative, --latency-budget-ms must be above 0")
         if self.slot_wait < 0 or self.body_timeout <= 0 or self.job_timeout <= 0:
             raise ConfigError("--slot-wait must not be negative, --body-timeout and --job-timeout must be above 0")
+
+    @property
+    def most_streams(self) -> int:
+        """Live streams at once."""
+        return self.engine.slots // 3 if self.max_streams is None else self.max_streams
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,8 +73,15 @@ def by_second(start: int, end: int) -> list[tuple[int, int]]:
     return pieces
 
 
+ENDED = "(ended)"
+"""The name under which the totals of streams that are over are kept together, so that names still add up."""
+
+
 class Meter:
-    """Books batches; answers with rows per second and totals per name."""
+    """Books batches; answers with rows per second and totals per name.
+
+    A name has totals of its own from ``open`` to ``end``; what is booked for it before or after goes to ENDED.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[str, Usage] = {}
@@ -97,7 +104,7 @@ class Meter:
             usage = named.setdefault(share.name, Usage(batches=1))
             usage.add(Usage(share.frames, 0, its_compute, its_copy, share.queue_ns))
         for name, usage in named.items():
-            self.totals.setdefault(name, Usage()).add(usage)
+            self._total(name).add(usage)
             self._row(last, name).add(Usage(usage.frames, 1, 0, 0, usage.queue_ns))
         frames, queue = sum(share.frames for share in shares), sum(share.queue_ns for share in shares)
         self.device.add(Usage(frames, 1, compute, copy, queue))
@@ -108,13 +115,21 @@ class Meter:
         self._forget(now)
         return [(second, name, usage) for second in sorted(self._rows) for name, usage in self._rows[second].items()]
 
-    def row(self, second: int, name: str) -> Usage:
-        """One row, with zeros where nothing was booked."""
-        return self._rows.get(second, {}).get(name) or Usage()
+    def open(self, name: str) -> None:
+        """A stream begins. Names of streams that run at the same time differ."""
+        self.totals.setdefault(name, Usage())
 
     def end(self, name: str) -> Usage:
-        """A stream is over: its totals leave the table and are returned. Its rows stay for their minute."""
-        return self.totals.pop(name, Usage())
+        """A stream is over: its totals are returned and go to ENDED. Its rows stay for their minute."""
+        usage = self.totals.pop(name, None) or Usage()
+        self._total(ENDED).add(usage)
+        return usage
+
+    def _total(self, name: str) -> Usage:
+        usage = self.totals.get(name)
+        if usage is None:
+            usage = self.totals.setdefault(ENDED, Usage())
+        return usage
 
     def _spread(self, field: str, end: int, interval: int, shares: Sequence[Share]) -> list[int]:
         """Each share's part of the ``interval`` that ended at ``end``, entered in the rows of its seconds."""

@@ -76,7 +76,8 @@ class Session:
         return self.state in _OVER
 
     def happen(self, event: str, reason: str = "") -> bool:
-        """Take note of an event; False if it changes nothing any more. The first reason is kept.
+        """Take note of an event; False if it changes nothing any more. The first reason is kept; that of a
+        failure is added to it.
 
         Raises:
             ValueError: the event cannot happen in this state.
@@ -86,6 +87,8 @@ class Session:
         state = _NEXT.get((event, self.state))
         if state is None:
             raise ValueError(f"a stream that is {self.state.value} cannot have {event}")
+        if event == "failed" and self.reason:
+            self.reason = f"{self.reason}; then: {reason}"
         self.reason = self.reason or reason
         changed, self.state = state is not self.state, state
         return changed

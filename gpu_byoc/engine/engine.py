@@ -174,9 +174,10 @@ class Engine:
 
     # --- leases
 
-    def lease(self, spec: FrameSpec, frames: int, ready: Ready) -> Lease:
+    def lease(self, spec: FrameSpec, frames: int, ready: Ready, patient: bool = False) -> Lease:
         """Ask for slots. If ``granted`` is already true they are there and ``ready`` is not called; otherwise it is
-        called once, with None or with why not, unless ``release`` comes first.
+        called once, with None or with why not, unless ``release`` comes first. ``patient`` is for live streams, each of
+        which has one place in the line at most: the line is never too long for them, and they count no refusals.
 
         Raises:
             TooLarge: this many frames of this size can never be had at once.
@@ -190,10 +191,10 @@ class Engine:
         with self.lock:
             if self.closing:
                 raise Draining("the worker is shutting down; send the job elsewhere")
-            room = self._rooms.get(spec.nbytes) or self._make_room(spec, frames)
+            room = self._rooms.get(spec.nbytes) or self._make_room(spec, frames, patient)
             if frames > room.pool.count:
                 raise TooLarge(f"{frames} frames of {spec} need more memory than is free at once")
-            if room.pool.waiting >= room.pool.count:
+            if room.pool.waiting >= room.pool.count and not patient:
                 self.refused += 1
                 raise Overloaded(f"no free slot, and {room.pool.waiting} jobs are already waiting for one; try again")
             self._rooms[spec.nbytes] = self._rooms.pop(spec.nbytes)  # most recently used
@@ -207,7 +208,7 @@ class Engine:
                 room.early.append(lease)
             return lease
 
-    def _make_room(self, spec: FrameSpec, frames: int) -> _Room:
+    def _make_room(self, spec: FrameSpec, frames: int, patient: bool) -> _Room:
         wanted = min(self.config.slots, self.config.memory // spec.nbytes)
         if wanted < frames:
             raise TooLarge(f"{frames} frames of {spec} ({spec.nbytes} bytes each) are more than --memory-mb allows")
@@ -221,7 +222,7 @@ class Engine:
                 self._device.todo.append(room.arena.close)
         slots = min(wanted, free // spec.nbytes)
         if slots < frames or len(self._rooms) >= MAX_ROOMS:
-            self.refused += 1
+            self.refused += not patient
             raise Overloaded(f"no memory for frames of {spec} while other sizes are in use (--memory-mb); try again")
         room = self._rooms[spec.nbytes] = _Room(spec.nbytes, SlotPool(slots), early=[])
         self._device.todo.append(lambda: self._furnish(room))
@@ -370,10 +371,15 @@ class Engine:
                 for room in self._rooms.values()
             ]
 
-    def second(self, name: str, second: int) -> Usage:
-        """What ``name`` used in one second of the last minute."""
+    def open_stream(self, name: str) -> None:
+        """Book ``name`` by itself from now on; see ``end_stream``."""
         with self.lock:
-            return _copy(self.meter.row(second, name))
+            self.meter.open(name)
+
+    def total(self, name: str) -> Usage:
+        """What an open name has used so far."""
+        with self.lock:
+            return _copy(self.meter.totals.get(name) or Usage())
 
     def end_stream(self, name: str) -> Usage:
         """A stream is over: its totals, which leave the table."""

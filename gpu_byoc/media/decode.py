@@ -7,7 +7,7 @@ parallelism. ``benchmarks/bench_media.py`` measures the difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, TypeAlias
@@ -179,10 +179,12 @@ class StreamReader:
     is in memory however much was fed. Read each to its end before the next call; what is not read is lost.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, on_picture: Callable[[int], None] | None = None) -> None:
+        """``on_picture`` is told the PTS of each picture as it goes into the decoder, which may hold it back."""
         self._limits = limits or Limits()
         self._demuxer = Demuxer(self._limits)
         self._decoder: VideoDecoder | None = None
+        self._on_picture = on_picture
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[StreamEvent]:
         return self._decoded(self._demuxer.feed(data))
@@ -200,6 +202,8 @@ class StreamReader:
     def _decoded(self, events: list[Tracks | Picture | AudioPacket | Problem]) -> Iterator[StreamEvent]:
         for event in events:
             if isinstance(event, Picture):
+                if self._on_picture is not None and event.pts is not None:
+                    self._on_picture(event.pts)
                 if self._decoder is None or self._decoder.codec != event.codec:
                     if self._decoder is not None:
                         yield from self._decoder.flush()

@@ -72,7 +72,7 @@ class Worker:
             app.router.add_post(_literal(path), self._job, expect_handler=self._expect)
         self.streams.add_routes(app)
         for path in ("/stream/status", "/api/stream/status"):
-            app.router.add_get(path, _json(lambda: telemetry.status(self)))
+            app.router.add_get(path, self._status)
         app.router.add_get("/health", self._health)
         app.router.add_get("/version", _json(self._version))
         app.router.add_get("/app-version", _json(lambda: {"version": self.config.app_version}))
@@ -121,6 +121,9 @@ class Worker:
         """``{"status": ...}``. 503 only when waiting or a restart is the right reaction: LOADING and ERROR."""
         state = self.state
         return web.json_response({"status": state}, status=503 if state in ("LOADING", "ERROR") else 200)
+
+    async def _status(self, request: web.Request) -> web.Response:
+        return web.json_response(telemetry.status(self, request.headers.get("X-Stream-Id")))
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(

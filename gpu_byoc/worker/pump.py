@@ -2,7 +2,8 @@
 
 Two threads of its own. The *inner* one decodes, takes a slot for each frame and submits it; the *outer* one encodes
 what comes back and muxes it with the audio. The slot is the only place where a frame waits: when none comes free before
-the frame's time is up, the frame is dropped there (or, lossless, waited for), and nowhere else.
+the frame's time is up, the frame is dropped there (or, lossless, waited for), and nowhere else. A stream holds no more
+than its share of the slots, so one whose output is stuck does not starve the others.
 
 What is counted and what ends is told through ``tell``, which is called on these threads and must not block.
 """
@@ -20,7 +21,7 @@ from typing import TypeAlias
 from gpu_byoc.bridge import Closed, ToLoop, ToThread
 from gpu_byoc.engine.device import Outcome
 from gpu_byoc.engine.engine import Engine, Lease
-from gpu_byoc.errors import BadFrame, GpuByocError, TooLarge, Unavailable
+from gpu_byoc.errors import BadFrame, GpuByocError, Overloaded, TooLarge
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.media.audio import AudioPacket, OpusTranscoder
 from gpu_byoc.media.decode import Frame, StreamReader, VideoInfo
@@ -31,6 +32,16 @@ from gpu_byoc.media.mux import Piece, Segmenter
 from gpu_byoc.media.planes import ToSlot
 from gpu_byoc.worker.streamparams import StreamParams
 
+MAX_AUDIO = 2048
+"""Audio packets that wait for the outer thread: forty seconds. Over it the oldest goes, counted as ``audio``."""
+
+MAX_REORDER = 64
+"""Pictures whose arrival is remembered while the decoder holds them; H.264 holds back 16 at most."""
+
+NO_MEMORY_WAIT = 0.05
+
+Tell: TypeAlias = Callable[..., None]
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -40,13 +51,15 @@ class Arrival:
     at: float
 
 
-MAX_AUDIO = 2048
-"""Audio packets that wait for the outer thread: forty seconds. Over it the oldest goes, counted as ``audio``."""
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A piece of the output; ``arrived`` is when the frame that it completes came in, None if it completes none."""
 
-Tell: TypeAlias = Callable[..., None]
+    piece: Piece
+    arrived: float | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Ticket:
     """A frame in the house."""
 
@@ -60,9 +73,10 @@ class _Ticket:
 class Pump:
     """Made on the event loop, started once; ``join`` when the output has ended.
 
-    ``source`` carries what arrives; its end is the end of input. Pieces of the output go to ``sink``, which
-    is ended when all is out, or with the error that stopped it. ``sink`` None: frames are computed and not encoded.
-    ``budget`` is within how many seconds of its arrival a frame must have a slot; None waits as long as it takes.
+    ``source`` carries what arrives; its end is the end of input. Pieces of the output go to ``sink``, which is ended
+    when all is out, or with the error that stopped it. ``sink`` None: frames are computed and not encoded. ``budget``
+    is within how many seconds of its arrival a frame must have a slot; None waits as long as it takes. ``share`` is how
+    many slots the stream may hold now.
     """
 
     def __init__(
@@ -71,12 +85,13 @@ class Pump:
         name: str,
         params: StreamParams,
         source: ToThread[Arrival],
-        sink: ToLoop[Piece] | None,
+        sink: ToLoop[Departure] | None,
         tell: Tell,
         *,
         encoder: str,
         budget: float | None,
         pixel_format: str,
+        share: Callable[[], int],
     ) -> None:
         self.params = params  # replaced as a whole, between two frames
         self._engine = engine
@@ -87,9 +102,10 @@ class Pump:
         self._encoder_name = encoder
         self._budget = budget
         self._format = pixel_format
+        self._share = share
         self._lock = threading.Condition()
         self._done: deque[_Ticket | AudioPacket] = deque()  # in the order in which it goes out
-        self._flying = 0
+        self._house: deque[_Ticket] = deque()  # submitted and not released, oldest first
         self._input_over = False
         self._stopped = False
         self._waiting: threading.Event | None = None
@@ -120,6 +136,11 @@ class Pump:
                 thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return not (self._inner.is_alive() or self._outer.is_alive())
 
+    def age(self) -> float:
+        """Seconds since the oldest frame in the house arrived; 0 if there is none."""
+        with self._lock:
+            return time.monotonic() - self._house[0].arrived if self._house else 0.0
+
     # --- the inner thread: bytes to slots
 
     def _run_inner(self) -> None:
@@ -135,17 +156,18 @@ class Pump:
                 self._lock.notify_all()
 
     def _decode(self) -> None:
-        reader = StreamReader(Limits())
         desk = _Desk(self)
+        reader = StreamReader(Limits(), desk.picture)
         while True:
             try:
                 arrival = self._source.get()
             except EOFError:
                 break
+            desk.now = arrival.at
             for event in reader.end_segment() if arrival.data is None else reader.feed(arrival.data):
-                desk.take(event, arrival.at)
+                desk.take(event)
         for event in reader.finish():
-            desk.take(event, time.monotonic())
+            desk.take(event)
 
     def _admit(self, frame: Frame, arrived: float, desk: _Desk) -> None:
         """A slot for the frame, its pixels into it, and off to the engine."""
@@ -154,69 +176,83 @@ class Pump:
             self._tell("dropped", "framerate")
             return
         spec = desk.spec(frame, params, self._format)
-        lease = self._lease(spec, arrived)
+        try:
+            lease = self._lease(spec, arrived)
+        except BaseException:
+            self._tell("dropped", "stopped")
+            raise
         if lease is None:
             return
         try:
             desk.writer(spec).write(frame.picture, lease.views[0])
+            assert desk.info is not None
+            ticket = _Ticket(lease, frame.pts, arrived, desk.info)
+            with self._lock:
+                self._house.append(ticket)
+            lease.submit(self._name, params.processor, lambda outcome: self._landed(ticket, outcome))
         except (BadFrame, TooLarge) as error:
             lease.release()
             self._tell("dropped", error.code)
-            return
-        except BaseException:
-            lease.release()
-            raise
-        assert desk.info is not None
-        ticket = _Ticket(lease, frame.pts, arrived, desk.info)
-        with self._lock:
-            self._flying += 1
-        try:
-            lease.submit(self._name, params.processor, lambda outcome: self._landed(ticket, outcome))
         except BaseException:
             with self._lock:
-                self._flying -= 1
+                if self._house and self._house[-1].lease is lease:
+                    self._house.pop()
             lease.release()
+            self._tell("dropped", "stopped")
             raise
 
     def _lease(self, spec: FrameSpec, arrived: float) -> Lease | None:
         """The one place where a frame waits, or is dropped."""
-        answer: list[GpuByocError | None] = []
-        ready = threading.Event()
-
-        def told(error: GpuByocError | None) -> None:
-            answer.append(error)
-            ready.set()
-
         deadline = None if self._budget is None else arrived + self._budget
-        with self._lock:
-            self._waiting = ready
-        lease = None
-        while lease is None:
+        if not self._place(deadline):
+            self._tell("dropped", "backlog")
+            return None
+        while True:
+            answer: list[GpuByocError | None] = []
+            ready = threading.Event()
+            with self._lock:
+                self._waiting = ready
             self._check_stopped()
-            if deadline is not None and time.monotonic() >= deadline:
+            if _left(deadline) == 0.0:
                 self._tell("dropped", "late")
                 return None
+
+            def told(
+                error: GpuByocError | None,
+                answer: list[GpuByocError | None] = answer,
+                ready: threading.Event = ready,
+            ) -> None:
+                answer.append(error)
+                ready.set()
+
             try:
-                lease = self._engine.lease(spec, 1, told)
-            except Unavailable:  # the line is full, or there is no memory for this size now
-                if self._engine.closing:
-                    raise
-                ready.wait(0.005)
-        if lease.granted:
-            return lease
-        ready.wait(None if deadline is None or lease.held else max(0.0, deadline - time.monotonic()))
-        try:
-            self._check_stopped()
-            if answer and answer[0] is not None:
-                raise answer[0]
-        except BaseException:
+                lease = self._engine.lease(spec, 1, told, patient=True)
+            except Overloaded:  # there is no memory for this size now
+                ready.wait(NO_MEMORY_WAIT)
+                continue
+            if lease.granted:
+                return lease
+            ready.wait(None if lease.held else _left(deadline))
+            if not self._stopped and answer == [None]:
+                return lease
             lease.release()
-            raise
-        if answer:
-            return lease
-        lease.release()
-        self._tell("dropped", "late")
-        return None
+            self._check_stopped()
+            if answer and answer[0] is not None and not isinstance(answer[0], Overloaded):
+                raise answer[0]
+            if answer:
+                ready.clear()
+                ready.wait(NO_MEMORY_WAIT)
+
+    def _place(self, deadline: float | None) -> bool:
+        """Wait until the stream holds less than its share; False if its frame's time is up first."""
+        with self._lock:
+            while len(self._house) >= self._share():
+                self._check_stopped()
+                left = _left(deadline)
+                if left == 0.0:
+                    return False
+                self._lock.wait(left)
+        return True
 
     def _check_stopped(self) -> None:
         if self._stopped:
@@ -259,7 +295,7 @@ class Pump:
             self._tell("finished", error)
 
     def _encode(self) -> None:
-        press = _Press(self._encoder_name, self._sink)
+        press = _Press(self._encoder_name, self._sink, self._tell)
         while (item := self._next()) is not None:
             if isinstance(item, AudioPacket):
                 press.audio(item)
@@ -268,59 +304,69 @@ class Pump:
             try:
                 if item.outcome.error is not None:
                     self._tell("failed_frame", item.outcome.error)
-                    continue
-                press.video(item)
+                else:
+                    press.video(item)
+            except Closed:
+                self._tell("dropped", "stopped")
+                raise
             finally:
-                item.lease.release()
-            self._tell("out", time.monotonic() - item.arrived)
+                self._leave(item)
         press.finish()
 
     def _next(self) -> _Ticket | AudioPacket | None:
         with self._lock:
             while not self._done:
-                if self._stopped:
-                    raise Closed
-                if self._input_over and not self._flying:
+                self._check_stopped()
+                if self._input_over and not self._house:
                     return None
                 self._lock.wait()
-            if self._stopped:
-                raise Closed
-            item = self._done.popleft()
-            if isinstance(item, _Ticket):
-                self._flying -= 1
-            return item
+            self._check_stopped()
+            return self._done.popleft()
+
+    def _leave(self, ticket: _Ticket) -> None:
+        ticket.lease.release()
+        with self._lock:
+            self._house.remove(ticket)  # the oldest, as a rule
+            self._lock.notify_all()
 
     def _release_rest(self) -> None:
-        """Slots of frames that came back and nobody encodes; those still out are released as they land."""
+        """Frames that nobody encodes any more: those that came back, and those still out, which the engine gives back
+        when the device is through with them."""
         with self._lock:
-            rest, self._done = self._done, _Drain()
-        for item in rest:
-            if isinstance(item, _Ticket):
-                item.lease.release()
+            rest = list(self._house)
+            self._house.clear()
+            self._done.clear()
+        for ticket in rest:
+            ticket.lease.release()
+            self._tell("dropped", "stopped")
 
 
-class _Drain(deque[_Ticket | AudioPacket]):
-    """Where results go once nobody encodes any more: their slots go back at once."""
-
-    def append(self, item: _Ticket | AudioPacket) -> None:
-        if isinstance(item, _Ticket):
-            item.lease.release()
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 class _Desk:
-    """What the inner thread knows of its input: the format now, and the frame rate kept."""
+    """What the inner thread knows of its input: the format now, when pictures came, the frame rate kept."""
 
     def __init__(self, pump: Pump) -> None:
         self._pump = pump
+        self.now = 0.0  # when the bytes that are being read arrived
         self.info: VideoInfo | None = None
+        self._arrivals: dict[int, float] = {}
         self._writer: ToSlot | None = None
-        self._last: int | None = None
+        self._due: float | None = None
 
-    def take(self, event: object, arrived: float) -> None:
+    def picture(self, pts: int) -> None:
+        """It goes into the decoder now, and comes out when its turn to be shown has come."""
+        self._arrivals[pts] = self.now
+        while len(self._arrivals) > MAX_REORDER:
+            del self._arrivals[next(iter(self._arrivals))]
+
+    def take(self, event: object) -> None:
         pump = self._pump
         if isinstance(event, Frame):
             pump._tell("in")
-            pump._admit(event, arrived, self)
+            pump._admit(event, self._arrivals.pop(event.pts, self.now), self)
         elif isinstance(event, AudioPacket):
             pump._audio(event)
         elif isinstance(event, VideoInfo):
@@ -332,12 +378,17 @@ class _Desk:
             pump._tell("tracks", event)
 
     def due(self, pts: int, max_framerate: int | None) -> bool:
-        """By PTS; a tenth of an interval of grace, so that 25 fps with jitter is not taken for more than 25."""
-        if max_framerate is not None and self._last is not None:
-            interval = CLOCK / max_framerate
-            if 0 <= pts - self._last < 0.9 * interval:
-                return False
-        self._last = pts
+        """By PTS, against a steady beat: 30 fps under a limit of 24 keep four frames of five. A tenth of an interval of
+        grace, so that jitter costs nothing."""
+        if max_framerate is None:
+            self._due = None
+            return True
+        interval = CLOCK / max_framerate
+        if self._due is None or not -2 * interval < self._due - pts < 2 * interval:
+            self._due = float(pts)
+        if pts < self._due - 0.1 * interval:
+            return False
+        self._due += interval
         return True
 
     def spec(self, frame: Frame, params: StreamParams, pixel_format: str) -> FrameSpec:
@@ -354,9 +405,10 @@ class _Desk:
 class _Press:
     """Encoder, audio and muxer of the outer thread; a new encoder where size or colours change."""
 
-    def __init__(self, encoder: str, sink: ToLoop[Piece] | None) -> None:
+    def __init__(self, encoder: str, sink: ToLoop[Departure] | None, tell: Tell) -> None:
         self._settings = EncoderSettings(encoder)
         self._sink = sink
+        self._tell = tell
         self._segmenter = Segmenter()
         self._encoder: Encoder | None = None
         self._aspect: Fraction | None = None
@@ -364,6 +416,7 @@ class _Press:
 
     def video(self, ticket: _Ticket) -> None:
         if self._sink is None:
+            self._tell("out", time.monotonic() - ticket.arrived)
             return
         spec, info = ticket.lease.spec, ticket.info
         encoder = self._encoder
@@ -372,28 +425,42 @@ class _Press:
             encoder = Encoder(spec, colour=info.colour, aspect=info.aspect, settings=self._settings)
             self._encoder, self._aspect = encoder, info.aspect
         key = self._segmenter.wants_key(ticket.pts)
-        for picture in encoder.encode(ticket.lease.views[0], ticket.pts, key):
-            self._send(self._segmenter.video(picture))
+        pieces = [
+            piece
+            for picture in encoder.encode(ticket.lease.views[0], ticket.pts, key)
+            for piece in self._segmenter.video(picture)
+        ]
+        self._send(pieces[:-1])
+        self._send(pieces[-1:], ticket.arrived)
 
     def audio(self, packet: AudioPacket) -> None:
         if self._sink is None:
             return
+        if self._opus is not None and self._opus.source != packet.track:
+            self._flush_audio()
         if packet.track.copies:
             self._send(self._segmenter.audio(packet))
             return
-        if self._opus is None or self._opus.source != packet.track:
+        if self._opus is None:
             self._opus = OpusTranscoder(packet.track)
+        before = self._opus.failures
         for converted in self._opus.convert(packet):
             self._send(self._segmenter.audio(converted))
+        if self._opus.failures != before:
+            self._tell("problem", Problem("audio", "an audio packet that cannot be decoded"))
 
     def finish(self) -> None:
         if self._sink is None:
             return
+        self._flush_audio()
+        self._flush_video()
+        self._send(self._segmenter.finish())
+
+    def _flush_audio(self) -> None:
         if self._opus is not None:
             for converted in self._opus.flush():
                 self._send(self._segmenter.audio(converted))
-        self._flush_video()
-        self._send(self._segmenter.finish())
+            self._opus = None
 
     def _flush_video(self) -> None:
         if self._encoder is not None:
@@ -401,7 +468,7 @@ class _Press:
                 self._send(self._segmenter.video(picture))
             self._encoder = None
 
-    def _send(self, pieces: list[Piece]) -> None:
+    def _send(self, pieces: list[Piece], arrived: float | None = None) -> None:
         assert self._sink is not None
         for piece in pieces:
-            self._sink.put(piece, len(piece.data))
+            self._sink.put(Departure(piece, arrived), len(piece.data))

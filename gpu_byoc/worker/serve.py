@@ -18,6 +18,7 @@ from gpu_byoc.plugins import AUTO, load_backend
 from gpu_byoc.processor import FrameProcessor, Processor
 from gpu_byoc.transport.listen import bind, keep_freed_memory, port_of, serve
 from gpu_byoc.worker.app import Worker
+from gpu_byoc.worker.jobs import STREAM
 
 log = logging.getLogger("gpu_byoc.worker")
 
@@ -85,6 +86,7 @@ async def _load(worker: Worker, stack: AsyncExitStack, stop: _Stop) -> None:
         loop.call_soon_threadsafe(stop.now, EXIT_DEVICE_LOST)
 
     engine.on_fatal = fatal
+    engine.open_stream(STREAM)
     worker.engine = engine
 
 
@@ -127,30 +129,26 @@ async def _open(backend: Backend, config: ServeConfig, processor: Processor) -> 
 
 
 async def _drain(worker: Worker, stop: _Stop) -> None:
-    """Refuse new jobs and let those in the house finish, within the budget or until a second signal."""
+    """Refuse new work; jobs finish and live streams flush side by side, within the budget or until a second signal.
+    What is left of the streams then is dropped."""
     worker.draining = True
-    log.info("stopping: %d jobs in the house", worker.active)
-    await _end_streams(worker, stop)
-    if worker.active:
-        waits = [asyncio.create_task(event.wait()) for event in (worker.quiet, stop.hurry)]
-        await asyncio.wait(waits, timeout=DRAIN_SECONDS - 2.0, return_when=asyncio.FIRST_COMPLETED)
-        for task in waits:
-            task.cancel()
-    log.info("stopped: %d jobs unfinished", worker.active)
-
-
-async def _end_streams(worker: Worker, stop: _Stop) -> None:
-    """Flush the live streams, until the budget or a second signal; then what is left is dropped."""
-    closing = asyncio.create_task(worker.streams.close(DRAIN_SECONDS - 3.0))
+    jobs, streams = worker.active, len(worker.streams)
+    log.info("stopping: %d jobs and %d streams in the house", jobs, streams)
+    if not worker.active:
+        worker.quiet.set()
+    flushing = asyncio.create_task(_flushed(worker))
     hurry = asyncio.create_task(stop.hurry.wait())
-    await asyncio.wait([closing, hurry], return_when=asyncio.FIRST_COMPLETED)
-    hurry.cancel()
-    if not closing.done():
-        closing.cancel()
-        await asyncio.wait([closing])
-        await worker.streams.close(0)
-    else:
-        closing.result()
+    await asyncio.wait([flushing, hurry], timeout=DRAIN_SECONDS - 2.5, return_when=asyncio.FIRST_COMPLETED)
+    for task in (flushing, hurry):
+        task.cancel()
+    await asyncio.wait([flushing, hurry])
+    left = len(worker.streams)
+    await worker.streams.close(0)
+    log.info("stopped: %d jobs unfinished, %d streams cut off", worker.active, left)
+
+
+async def _flushed(worker: Worker) -> None:
+    await asyncio.gather(worker.quiet.wait(), worker.streams.close(None))
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

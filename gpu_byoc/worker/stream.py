@@ -21,6 +21,7 @@ from gpu_byoc.bridge import Closed, ToLoop, ToThread
 from gpu_byoc.core.cursor import Backoff
 from gpu_byoc.core.meter import SECOND, Usage
 from gpu_byoc.core.session import Session
+from gpu_byoc.engine.engine import Engine
 from gpu_byoc.errors import (
     BadParams,
     ChannelClosed,
@@ -30,10 +31,9 @@ from gpu_byoc.errors import (
     ProcessorError,
     SegmentFailed,
 )
-from gpu_byoc.media.mux import Piece
 from gpu_byoc.processor import pixel_format
-from gpu_byoc.transport.trickle_client import OutgoingSegment, Publisher, Subscriber
-from gpu_byoc.worker.pump import Arrival, Pump
+from gpu_byoc.transport.trickle_client import OutgoingSegment, Publisher, Subscriber, open_session
+from gpu_byoc.worker.pump import Arrival, Departure, Pump
 from gpu_byoc.worker.streamparams import StreamParams, Urls, parse_stream_params
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ SINK_BYTES = 8 << 20
 MESSAGE_BYTES = 32 * 1024
 NEWS = 256
 HEARTBEAT = 1.0
+JOIN_SECONDS = 5.0
+FLUSH_SECONDS = 8.0
+"""How long a stream that was stopped may take to get out what is inside: what a container has before it is killed."""
+
 PATIENCE = Backoff(attempts=8)
 
 
@@ -71,14 +75,17 @@ class LiveStream:
         self._engine = worker.ready_engine()
         self._loop = asyncio.get_running_loop()
         self._source: ToThread[Arrival] = ToThread(SOURCE_BYTES)
-        self._sink: ToLoop[Piece] | None = ToLoop(SINK_BYTES) if urls.publish else None
+        self._sink: ToLoop[Departure] | None = ToLoop(SINK_BYTES) if urls.publish else None
         self._finished: asyncio.Future[BaseException | None] = self._loop.create_future()
         self._stopping = asyncio.Event()
         self._news: deque[dict[str, Any]] = deque(maxlen=NEWS)
+        self._pulse: dict[str, Any] | None = None  # the newest heartbeat; older ones are of no interest
+        self._used = Usage()  # at the last heartbeat
+        self._fps = {"ingress": 0.0, "egress": 0.0}
         self._has_news = asyncio.Event()
         self._lines: deque[bytes] = deque(maxlen=NEWS)
         self._has_lines = asyncio.Event()
-        self._first_out = False
+        self._first_out = self._said_stopped = False
         self.segments_in = 0  # that have been read to their end
         self.pump = Pump(
             self._engine,
@@ -90,19 +97,24 @@ class LiveStream:
             encoder=encoder,
             budget=None if worker.config.lossless else worker.config.latency_budget,
             pixel_format=pixel_format(worker.processor) or "rgb24",
+            share=lambda: max(3, worker.config.engine.slots // max(1, len(worker.streams))),
         )
+        self.encoder = encoder
+        check_size(self._engine, params)
 
     # --- from outside
 
     def stop(self, reason: str) -> None:
         """End in good order: what has arrived still goes through. May be called twice."""
         if self.session.happen("stop", reason):
+            self._said_stopped = True
             self.tell("stream_stopped", reason=reason)
         self._stopping.set()
 
     def update(self, given: Mapping[str, Any]) -> StreamParams:
         """New parameters from the next frame on. Raises BadParams, and then the old ones stay."""
         params = parse_stream_params(self._worker.processor, given, self.params.given)
+        check_size(self._engine, params)
         self.params = self.pump.params = params
         self.tell("params_updated", params=dict(params.given))
         return params
@@ -115,22 +127,29 @@ class LiveStream:
 
     def numbers(self) -> dict[str, Any]:
         with self._books:
-            return {"stream_id": self.name, "params": dict(self.params.given), **self.session.numbers()}
+            fps = {f"{way}_video_fps": rate for way, rate in self._fps.items()}
+            numbers = self.session.numbers()
+        return {
+            "stream_id": self.name,
+            "params": dict(self.params.given),
+            "encoder": self.encoder,
+            "fps": fps,
+            "queue_age_seconds": self.pump.age(),
+            **numbers,
+        }
 
     # --- its life
 
     async def run(self) -> None:
         """Never raises but for a cancel, which drops what is inside."""
         log.info("stream %s: started", self.name)
+        self._engine.open_stream(self.name)
         try:
-            async with aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=not self._worker.config.insecure),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-            ) as http:
+            async with open_session(self._worker.config.insecure) as http:
                 await self._live(http)
         finally:
             self.pump.stop()
-            self._source.abandon()
+            self.session.happen("failed", "cut off")
             usage = self._engine.end_stream(self.name)
             end = self.session.state.value, self.session.reason
             log.info("stream %s: %s (%s), %s", self.name, *end, _sums(self.session, usage))
@@ -140,19 +159,26 @@ class LiveStream:
         self.pump.start()
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._events(http))
+                for part in (self._events, self._data, self._control, self._media_in, self._media_out):
+                    group.create_task(part(http))
                 group.create_task(self._heart())
-                group.create_task(self._data(http))
-                group.create_task(self._control(http))
-                group.create_task(self._media_in(http))
-                group.create_task(self._media_out(http))
+                group.create_task(self._deadline())
         except* _Ended:
             pass
-        except* GpuByocError as errors:
+        except* Exception as errors:  # ours, or a bug: either way this stream is over, and no other
             self._fail(errors.exceptions[0])
-        self.pump.stop()
-        await asyncio.to_thread(self.pump.join, 5.0)
+        finally:
+            self.pump.stop()
+            if not await asyncio.to_thread(self.pump.join, JOIN_SECONDS):
+                self._problem("threads_left")
+                log.error("stream %s: its threads did not end within %g s", self.name, JOIN_SECONDS)
         await self._last_words(http)
+
+    async def _deadline(self) -> None:
+        """A stop is not for ever: what cannot be got out by then is dropped."""
+        await self._stopping.wait()
+        await asyncio.sleep(FLUSH_SECONDS)
+        raise ChannelFailed(f"the output took nothing more within {FLUSH_SECONDS:g} s after the stop")
 
     async def _media_in(self, http: aiohttp.ClientSession) -> None:
         if self.urls.subscribe is None:
@@ -201,12 +227,12 @@ class LiveStream:
             await self._publish(http, self.urls.publish, self._sink)
         error = await self._finished
         if error is not None:
-            raise error if isinstance(error, GpuByocError) else _Ended from error
+            raise error
         self.session.happen("input_ended", "end of input")
         self.session.happen("flushed")
         raise _Ended
 
-    async def _publish(self, http: aiohttp.ClientSession, url: str, sink: ToLoop[Piece]) -> None:
+    async def _publish(self, http: aiohttp.ClientSession, url: str, sink: ToLoop[Departure]) -> None:
         """Pieces into segments. A publisher that breaks is made anew, and what it missed is counted as dropped."""
         failures = 0
         while True:
@@ -214,46 +240,68 @@ class LiveStream:
                 async with Publisher(http, url, "video/MP2T", backoff=PATIENCE) as publisher:
                     failures = 0
                     return await self._segments(publisher, sink)
-            except (ChannelMissing, ChannelClosed):
-                raise
             except ChannelFailed as error:
                 failures += 1
-                if failures > 5:
+                if failures > 5 or self._stopping.is_set():
                     raise
                 self._problem("publisher_restarted")
                 log.warning("stream %s: publishing anew: %s", self.name, error)
-                await asyncio.sleep(min(0.25 * 2**failures, 5.0))
+            try:
+                async with asyncio.timeout(min(0.25 * 2**failures, 5.0)):
+                    while (departure := await self._next(sink)) is not None:
+                        self._unpublished(departure)
+                    return None
+            except TimeoutError:
+                pass
 
-    async def _segments(self, publisher: Publisher, sink: ToLoop[Piece]) -> None:
+    async def _next(self, sink: ToLoop[Departure]) -> Departure | None:
+        """None at the end, also where the pump failed: ``_finished`` says how."""
+        try:
+            return await sink.get()
+        except (EOFError, Closed):
+            return None
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # the pump's own failure, which it has told already
+            return None
+
+    def _unpublished(self, departure: Departure) -> None:
+        if departure.arrived is not None:
+            self._told("dropped", "unpublished")
+
+    async def _segments(self, publisher: Publisher, sink: ToLoop[Departure]) -> None:
         segment: OutgoingSegment | None = None
         closing: set[asyncio.Task[None]] = set()
         try:
-            while True:
+            while (departure := await self._next(sink)) is not None:
                 try:
-                    piece = await sink.get()
-                except EOFError:
-                    break
-                except Closed:
-                    return
-                if piece.starts:
-                    if segment is not None:
-                        task = asyncio.create_task(self._close(segment))
-                        closing.add(task)
-                        task.add_done_callback(closing.discard)
-                    segment = await publisher.open()
-                if segment is None:
-                    continue  # broken in the middle; the next one starts with a keyframe
-                try:
-                    await segment.write(piece.data)
+                    if departure.piece.starts:
+                        if segment is not None:
+                            task = asyncio.create_task(self._close(segment))
+                            closing.add(task)
+                            task.add_done_callback(closing.discard)
+                        segment = None
+                        segment = await publisher.open()
+                    if segment is None:  # broken in the middle; the next one starts with a keyframe
+                        self._unpublished(departure)
+                        continue
+                    await segment.write(departure.piece.data)
                 except SegmentFailed as error:
                     self._segment_lost(error)
+                    self._unpublished(departure)
                     segment = None
                     continue
+                if departure.arrived is not None:
+                    self._told("out", time.monotonic() - departure.arrived)
                 if not self._first_out:
                     self._first_out = True
                     self.tell("send_first_processed_segment")
             if segment is not None:
                 await self._close(segment)
+        except BaseException:
+            for task in closing:
+                task.cancel()
+            raise
         finally:
             if closing:
                 await asyncio.wait(closing)
@@ -263,7 +311,7 @@ class LiveStream:
             await segment.close()
         except SegmentFailed as error:
             self._segment_lost(error)
-        except ChannelClosed:
+        except (ChannelClosed, ChannelFailed):
             pass  # the next ``open`` says so
 
     def _segment_lost(self, error: SegmentFailed) -> None:
@@ -314,32 +362,41 @@ class LiveStream:
 
     async def _heart(self) -> None:
         """A beat each second, from the first moment to the last, whatever the frames are doing."""
+        beat = self._loop.time()
         while True:
-            self.tell("heartbeat", "stream_heartbeat", **self._beat())
-            await asyncio.sleep(HEARTBEAT)
+            self._beat()
+            beat = max(beat + HEARTBEAT, self._loop.time())
+            await asyncio.sleep(beat - self._loop.time())
 
-    def _beat(self) -> dict[str, Any]:
-        now = time.monotonic()
-        second = self._engine.now() // SECOND - 1
-        usage = self._engine.second(self.name, second)
-        row = {
-            "second": second,
-            "frames": usage.frames,
-            "compute_seconds": usage.compute_ns / SECOND,
-            "copy_seconds": usage.copy_ns / SECOND,
-            "queue_seconds": usage.queue_ns / SECOND,
-        }
-        self._lines.append(json.dumps({"type": "compute", "stream_id": self.name, **row}).encode() + b"\n")
-        self._has_lines.set()
+    def _beat(self) -> None:
+        """Numbers since the last beat, to events and data. Compute adds up: over all beats it is the stream's total."""
+        now, total = time.monotonic(), self._engine.total(self.name)
         with self._books:
             numbers, fps = self.session.numbers(), self.session.beat(now)
-        return {
+            self._fps = fps
+        row = {
+            "second": self._engine.now() // SECOND,
+            "frames": total.frames - self._used.frames,
+            "compute_seconds": (total.compute_ns - self._used.compute_ns) / SECOND,
+            "copy_seconds": (total.copy_ns - self._used.copy_ns) / SECOND,
+            "queue_seconds": (total.queue_ns - self._used.queue_ns) / SECOND,
+            "total_compute_seconds": total.compute_ns / SECOND,
+        }
+        self._used = total
+        self._lines.append(json.dumps({"type": "compute", "stream_id": self.name, **row}).encode() + b"\n")
+        self._has_lines.set()
+        event = {
+            "type": "heartbeat",
+            "timestamp": int(time.time() * 1000),
             "stream_id": self.name,
             "fps": fps,
             "compute": row,
+            "queue_age_seconds": self.pump.age(),
             "urls": {name: getattr(self.urls, name) is not None for name in Urls.__dataclass_fields__},
             **{name: numbers[name] for name in ("state", "dropped", "problems", "latency_seconds", "dimensions")},
         }
+        self._pulse = {"event": event, "queue_event_type": "stream_heartbeat"}
+        self._has_news.set()
 
     async def _events(self, http: aiohttp.ClientSession) -> None:
         if self.urls.events is None:
@@ -361,10 +418,26 @@ class LiveStream:
                 await asyncio.sleep(HEARTBEAT)
 
     async def _send_news(self, publisher: Publisher) -> None:
-        while self._news:
-            await publisher.send(json.dumps(self._news[0]).encode())
-            self._news.popleft()
+        """What happened first, then how it goes. What could not be sent is kept."""
         self._has_news.clear()
+        while self._news:
+            event = self._news.popleft()
+            try:
+                await publisher.send(json.dumps(event).encode())
+            except GpuByocError:
+                self._news.appendleft(event)
+                self._has_news.set()
+                raise
+        pulse, self._pulse = self._pulse, None
+        if pulse is not None:
+            await publisher.send(json.dumps(pulse).encode())
+
+    async def _send_lines(self, publisher: Publisher) -> None:
+        self._has_lines.clear()
+        lines = b"".join(self._lines)
+        self._lines.clear()
+        if lines:
+            await publisher.send(lines)
 
     async def _data(self, http: aiohttp.ClientSession) -> None:
         if self.urls.data is None:
@@ -374,11 +447,7 @@ class LiveStream:
                 async with Publisher(http, self.urls.data, "application/jsonl", backoff=PATIENCE) as publisher:
                     while True:
                         await self._has_lines.wait()
-                        self._has_lines.clear()
-                        lines = b"".join(self._lines)
-                        self._lines.clear()
-                        if lines:
-                            await publisher.send(lines)
+                        await self._send_lines(publisher)
             except (ChannelMissing, ChannelClosed):
                 return
             except (ChannelFailed, SegmentFailed) as error:
@@ -387,13 +456,19 @@ class LiveStream:
                 await asyncio.sleep(HEARTBEAT)
 
     async def _last_words(self, http: aiohttp.ClientSession) -> None:
-        """The last events, on a publisher of their own: the ordinary one went with the task group."""
-        if self.urls.events is None:
-            return
-        self.tell("heartbeat", "stream_heartbeat", **self._beat())
+        """The last event and the last line, on publishers of their own: the ordinary ones went with the task group."""
+        self.session.happen("failed", "ended without a reason")  # no effect where there is one
+        if not self._said_stopped:
+            self.tell("stream_stopped", reason=self.session.reason)
+        self._beat()
         try:
-            async with asyncio.timeout(2.0), Publisher(http, self.urls.events, "application/json") as publisher:
-                await self._send_news(publisher)
+            async with asyncio.timeout(2.0):
+                if self.urls.events is not None:
+                    async with Publisher(http, self.urls.events, "application/json") as publisher:
+                        await self._send_news(publisher)
+                if self.urls.data is not None:
+                    async with Publisher(http, self.urls.data, "application/jsonl") as publisher:
+                        await self._send_lines(publisher)
         except (TimeoutError, GpuByocError) as error:
             log.debug("stream %s: nobody takes the last events: %s", self.name, error)
 
@@ -441,10 +516,19 @@ class LiveStream:
             self._finished.set_result(detail)
 
     def _fail(self, error: BaseException) -> None:
-        if self.session.happen("failed", str(error)):
-            known = error if isinstance(error, GpuByocError) else GpuByocError("internal error; see the worker's log")
+        """Once. What is not one of ours is a bug: the log says all of it, the outside only that."""
+        known = error if isinstance(error, GpuByocError) else GpuByocError("internal error; see the worker's log")
+        if self.session.happen("failed", str(known)):
             log.error("stream %s failed: %s", self.name, error, exc_info=None if known is error else error)
             self.tell("error", **known.body())
+
+
+def check_size(engine: Engine, params: StreamParams) -> None:
+    """Refuse an output size of which not even the slots of one stream fit into memory. Raises BadParams."""
+    if params.width is not None and params.height is not None:
+        nbytes, memory = params.width * params.height * 4, engine.config.memory
+        if 3 * nbytes > memory:
+            raise BadParams("width", f"{params.width}x{params.height} needs more memory than --memory-mb allows")
 
 
 def _sums(session: Session, usage: Usage) -> str:

@@ -35,7 +35,8 @@ class Streams:
         self._worker = worker
         self._streams: dict[str, LiveStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.encoder: EncoderChoice | None = None  # found out when the first stream starts
+        self.encoder: EncoderChoice | None = None  # found out once, when the first stream starts
+        self._choosing = asyncio.Lock()
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -47,6 +48,12 @@ class Streams:
             for name in ("params", "update"):
                 app.router.add_post(f"{prefix}/{name}", self.update)
         app.router.add_post("/live-video-to-video", self.start)
+
+    def one(self, name: str) -> dict[str, Any]:
+        """The numbers of one stream. Raises BadRequest."""
+        if name not in self._streams:
+            raise BadRequest(f"no stream {name!r} is running")
+        return self._streams[name].numbers()
 
     def numbers(self) -> list[dict[str, Any]]:
         return [stream.numbers() for stream in self._streams.values()]
@@ -64,12 +71,14 @@ class Streams:
             params = parse_stream_params(worker.processor, body.get("params"))
         except BadParams as error:  # the network's own workers answer 400 here
             return web.json_response(error.body(), status=400)
-        # Media code is loaded with the first stream, off the loop: a worker of jobs alone never needs it.
-        encoder = await asyncio.to_thread(_choose_encoder, worker.config.encoder)
-        if self.encoder is None:
-            self.encoder = encoder
-            log.info("encoder %s: %s", encoder.name, encoder.reason)
-        stream = self._make(name, urls, params, encoder.name)
+        async with self._choosing:
+            if self.encoder is None:  # media code is loaded with the first stream: a worker of jobs never needs it
+                self.encoder = await asyncio.to_thread(_choose_encoder, worker.config.encoder)
+                log.info("encoder %s: %s", self.encoder.name, self.encoder.reason)
+        try:
+            stream = self._make(name, urls, params, self.encoder.name)
+        except BadParams as error:
+            return web.json_response(error.body(), status=400)
         task = asyncio.create_task(self._run(stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -95,17 +104,20 @@ class Streams:
     def _make(self, name: str, urls: Urls, params: StreamParams, encoder: str) -> LiveStream:
         from gpu_byoc.worker.stream import LiveStream
 
+        if self._worker.draining:
+            raise Draining("the worker is shutting down; start the stream elsewhere")
         if name in self._streams:
             raise BadRequest(f"stream already exists: {name}")
-        if len(self._streams) >= self._worker.config.max_streams:
+        if len(self._streams) >= self._worker.config.most_streams:
             raise AllBusy(f"{len(self._streams)} streams are running, --max-streams allows no more; try elsewhere")
-        stream = self._streams[name] = LiveStream(self._worker, name, urls, params, encoder)
+        stream = LiveStream(self._worker, name, urls, params, encoder)
+        self._streams[name] = stream
         return stream
 
     # --- the end
 
-    async def close(self, seconds: float) -> None:
-        """Stop all in good order; after ``seconds`` drop what is left."""
+    async def close(self, seconds: float | None) -> None:
+        """Stop all in good order; after ``seconds`` drop what is left (None: wait as long as it takes)."""
         for stream in self._streams.values():
             stream.stop("the worker is shutting down")
         if self._tasks:
@@ -182,7 +194,16 @@ def _urls(body: Mapping[str, Any]) -> Urls:
         url = body.get(f"{name}_url")
         if url is None or (isinstance(url, str) and not url.strip()):
             continue
-        if not isinstance(url, str) or urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        if not isinstance(url, str) or not _is_http(url.strip()):
             raise BadRequest(f"{name}_url is not an http or https URL")
         found[name] = url.strip()
     return Urls(**found)
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        return parts.scheme in ("http", "https") and bool(host) and (parts.port or 80) > 0
+    except (ValueError, UnicodeError):
+        return False

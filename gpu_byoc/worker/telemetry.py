@@ -57,8 +57,13 @@ def backend_report(worker: Worker) -> dict[str, Any]:
     return {"name": engine.backend.name, "device": engine.backend.device, "degraded": degraded, **info}
 
 
-def status(worker: Worker) -> dict[str, Any]:
-    """The status object: the keys the network's own workers answer with, then ours."""
+def status(worker: Worker, stream: str | None = None) -> dict[str, Any]:
+    """The status object: the keys the network's own workers answer with, then ours. With ``stream`` also that one's.
+
+    Raises:
+        BadRequest: no such stream is running.
+    """
+    one = {} if stream is None else {"stream": worker.streams.one(stream)}
     state = worker.state
     error = worker.engine.fatal if worker.engine else None
     rows, totals, device = worker.engine.usage() if worker.engine else ([], {}, Usage())
@@ -72,6 +77,7 @@ def status(worker: Worker) -> dict[str, Any]:
         "startup_complete": worker.engine is not None,
         "pipeline_state": state,
         "additional_info": {"draining": worker.draining},
+        "client_running": len(worker.streams) > 0,
         "client_active": worker.active + len(worker.streams) > 0,
         "active_jobs": worker.active,
         "uptime_seconds": time.monotonic() - worker.began,
@@ -79,6 +85,7 @@ def status(worker: Worker) -> dict[str, Any]:
         "capability": worker.config.capability,
         "backend": backend_report(worker),
         "streams": worker.streams.numbers(),
+        **one,
         "encoder": asdict(worker.streams.encoder) if worker.streams.encoder else None,
         "insecure": worker.config.insecure,
         "slots": worker.engine.rooms() if worker.engine else [],
@@ -110,7 +117,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.latency = Histogram(
             "byoc_frame_latency_ms",
-            "A job from the head of its request to the end of its answer",
+            "A job from its request's head to its answer's end; a live frame from arrival to departure",
             buckets=LATENCY_MS,
             registry=self.registry,
         )

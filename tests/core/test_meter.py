@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_byoc.core.meter import KEPT_SECONDS, SECOND, Meter, Share, Usage, by_second, split
+from gpu_byoc.core.meter import ENDED, KEPT_SECONDS, SECOND, Meter, Share, Usage, by_second, split
 
 weights = st.lists(st.integers(0, 10**8), min_size=1, max_size=20).filter(any)
 intervals = st.integers(0, 5 * SECOND)
@@ -45,6 +45,8 @@ batches = st.tuples(st.integers(0, 20 * SECOND), intervals, intervals, st.lists(
 @given(st.lists(batches, max_size=20))
 def test_conservation(booked: list[tuple[int, int, int, list[Share]]]) -> None:
     meter = Meter()
+    meter.open("a")
+    meter.open("b")  # "c" is not: its share is in the common row
     end = 100 * SECOND
     for gap, compute, copy, parts in booked:
         end = end + gap % SECOND
@@ -74,6 +76,8 @@ def test_time_is_entered_in_the_second_it_was_spent_in() -> None:
 
 def test_a_batch_counts_once_for_each_name() -> None:
     meter = Meter()
+    meter.open("a")
+    meter.open("b")
     meter.book(SECOND, 10, 0, [Share("a", 1, 1, 0), Share("a", 1, 1, 0), Share("b", 1, 1, 0)])
     assert meter.totals["a"].batches == meter.totals["b"].batches == meter.device.batches == 1
     assert meter.totals["a"].frames == 2
@@ -81,11 +85,13 @@ def test_a_batch_counts_once_for_each_name() -> None:
 
 def test_rows_are_kept_for_a_minute_and_totals_for_ever() -> None:
     meter = Meter()
+    meter.open("a")
     for second in range(200):
         meter.book(second * SECOND + 1, 1, 0, [Share("a", 1, 1, 0)])
     assert {second for second, _, _ in meter.rows(199 * SECOND)} == set(range(140, 200))
     assert len(meter.rows(199 * SECOND + KEPT_SECONDS * SECOND)) == 0
     assert meter.totals["a"].frames == 200
     assert meter.end("a").frames == 200
-    assert meter.totals == {}
     assert meter.end("a") == Usage()
+    meter.book(300 * SECOND, 1, 0, [Share("a", 1, 1, 0)])  # a frame that was still on the device
+    assert {name: usage.frames for name, usage in meter.totals.items()} == {ENDED: 201}

@@ -16,6 +16,7 @@ from gpu_byoc.config import EngineConfig, ServeConfig
 from gpu_byoc.processor import Processor
 from gpu_byoc.transport.listen import bind, port_of, serve
 from gpu_byoc.worker.app import Worker
+from gpu_byoc.worker.jobs import STREAM
 from gpu_byoc.worker.serve import open_engine
 
 
@@ -68,6 +69,7 @@ async def running(processor: Processor, engine: EngineConfig | None = None, **co
     opened = None
     try:
         opened = worker.engine = await open_engine(settings, processor, worker.degraded)
+        opened.open_stream(STREAM)
         async with aiohttp.ClientSession() as session:
             yield Running(worker, session, f"http://127.0.0.1:{port}", port, sock)
     finally:

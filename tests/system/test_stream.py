@@ -77,6 +77,11 @@ class Viewer:
         return [event["event"]["type"] for event in self.events]
 
 
+def beats(viewer: Viewer) -> list[dict[str, Any]]:
+    """Heartbeats, which come last when a stream ends."""
+    return [event["event"] for event in viewer.events if event["event"]["type"] == "heartbeat"]
+
+
 @contextlib.asynccontextmanager
 async def rig(
     processor: Processor | None = None, engine: EngineConfig | None = None, **config: Any
@@ -179,7 +184,12 @@ async def test_a_stream_comes_out_green_in_order_with_its_audio() -> None:
         assert viewer.lines
         assert {"type", "second", "compute_seconds"} <= set(viewer.lines[0])
         assert r.worker.worker.engine is not None
-        assert "s" not in r.worker.worker.engine.usage()[1], "its totals left the table with it"
+        totals = r.worker.worker.engine.usage()[1]
+        assert "s" not in totals, "its totals left the table with it"
+        for rows in (viewer.lines, [beat["compute"] for beat in beats(viewer)]):
+            assert sum(row["frames"] for row in rows) == 132
+        spent = sum(row["compute_seconds"] for row in viewer.lines)
+        assert abs(spent - totals["(ended)"].compute_ns / 1e9) < 1e-6, "the seconds add up to the total"
 
 
 @asynchronous
@@ -334,8 +344,8 @@ async def test_size_and_frame_rate_on_request_and_a_change_of_size_in_the_middle
             await r.until_over()
         shown = frames(viewer.media)
         assert {(f.width, f.height) for f in shown} == {(32, 32)}
-        assert len(shown) == 20, "every second frame"
-        assert viewer.events[-1]["event"]["dropped"] == {"framerate": 20}
+        assert len(shown) == 21, "40 frames at 25 fps last 1.6 s, in which 13 fps has 21 beats"
+        assert beats(viewer)[-1]["dropped"] == {"framerate": 19}
 
     async with rig(Passthrough()) as r:
         r.create("s")
@@ -374,7 +384,7 @@ async def test_frames_that_cannot_make_it_are_dropped_after_decoding_and_counted
             assert (await r.call("stream/stop"))[0] == 200
             await r.until_over()
         last = viewer.events[-1]["event"]
-        assert last["dropped"] == {"late": 37}
+        assert last["dropped"] == {"backlog": 37}, "its own share is full: it does not even ask for a slot"
         assert len(frames(viewer.media)) == 3
         assert last["latency_seconds"]["p50"] > 0
 
@@ -405,11 +415,17 @@ async def test_a_stream_that_is_cut_off_leaves_nothing_behind() -> None:
         await publish(r, "s", clip(20, 1), close=False)
         await asyncio.to_thread(gate.entered.wait, 20)
         threads = threading.active_count()
+        stream = r.worker.worker.streams._streams["s"]
         await r.worker.worker.streams.close(0)
         assert len(r.worker.worker.streams) == 0
+        assert stream.session.state.value == "failed"
+        assert stream.session.frames_in == sum(stream.session.dropped.values()), "each frame is accounted for"
         await r.worker.until(lambda: threading.active_count() <= threads - 2)
         gate.gate.set()
         await r.worker.until(lambda: r.worker.free() == 0)
+        assert r.worker.worker.engine is not None
+        await r.worker.until(lambda: r.worker.worker.engine is not None and not r.worker.worker.engine.busy)
+        assert set(r.worker.worker.engine.usage()[1]) == {"jobs", "(ended)"}, "late frames do not bring its name back"
 
 
 @asynchronous
@@ -445,3 +461,80 @@ async def test_an_output_that_is_deleted_ends_its_stream_only() -> None:
             await r.call("stream/stop")
             await r.until_over()
         assert len(frames(viewer.media)) == 20
+
+
+@asynchronous
+async def test_a_stream_whose_output_is_stuck_does_not_starve_another() -> None:
+    """A server that takes connections and never answers."""
+    waiting: list[asyncio.StreamWriter] = []
+
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        waiting.append(writer)
+
+    stuck = await asyncio.start_server(never, "127.0.0.1", 0)
+    port = stuck.sockets[0].getsockname()[1]
+    async with rig(Passthrough(), EngineConfig(slots=8, max_batch=4), lossless=False) as r:
+        for name in ("a", "b"):
+            r.create(name)
+        async with watching(r, "b") as viewer:
+            urls = r.urls("a") | {"publish_url": f"http://127.0.0.1:{port}/out"}
+            assert (await r.call("stream/start", urls))[0] == 200
+            r.worker.worker.streams._streams["a"]._sink._limit = 1  # type: ignore[union-attr]
+            assert (await r.call("stream/start", r.urls("b")))[0] == 200
+            await publish(r, "a", clip(20, 3), close=False)
+            await publish(r, "b", clip(20, 3))
+            await r.worker.until(lambda: len(r.worker.worker.streams) == 1)
+            stream = r.worker.worker.streams._streams["a"]
+            await r.worker.until(lambda: stream.session.dropped["backlog"] > 0)
+            await r.worker.worker.streams.close(0)
+        assert len(frames(viewer.media)) == 60
+        assert beats(viewer)[-1]["dropped"] == {}
+    stuck.close()
+    for writer in waiting:
+        writer.close()
+
+
+@asynchronous
+async def test_a_failure_nobody_foresaw_ends_its_stream_with_an_event() -> None:
+    async with rig(Passthrough()) as r:
+        r.create("s")
+        async with watching(r, "s") as viewer:
+            await r.call("stream/start", r.urls("s"))
+            stream = r.worker.worker.streams._streams["s"]
+            stream.pump._tell = lambda *a: (
+                (_ for _ in ()).throw(RuntimeError("a bug")) if a[0] == "in" else stream._told(*a)
+            )
+            await publish(r, "s", clip(20, 1), close=False)
+            await r.until_over()
+        assert beats(viewer)[-1]["state"] == "failed"
+        errors = [e["event"] for e in viewer.events if e["event"]["type"] == "error"]
+        assert errors[0]["error"] == "internal"
+        assert "a bug" not in json.dumps(viewer.events), "internals stay in the log"
+
+
+@pytest.mark.parametrize("url", ["http://" + "a" * 70 + "/x", "ftp://x/y", "http:///x", "http://x:99999/", "x"])
+def test_urls_that_cannot_be_are_refused(url: str) -> None:
+    @asynchronous
+    async def go() -> None:
+        async with rig() as r:
+            status, answer = await r.call("stream/start", {"gateway_request_id": "s", "publish_url": url})
+            assert status == 400
+            assert "publish_url" in answer["message"]
+
+    go()
+
+
+@asynchronous
+async def test_an_update_that_would_need_too_much_memory_is_refused() -> None:
+    async with rig(Passthrough(), EngineConfig(memory=1 << 20)) as r:
+        r.create("s")
+        body = r.urls("s") | {"params": {"width": 4000, "height": 4000}}
+        status, answer = await r.call("stream/start", body)
+        assert (status, answer["field"]) == (400, "width")
+        assert (await r.call("stream/start", r.urls("s")))[0] == 200
+        status, answer = await r.call("stream/params", {"width": 4000, "height": 4000})
+        assert (status, answer["field"]) == (422, "width")
+        async with r.worker.session.get(r.worker.url + "/stream/status", headers={"X-Stream-Id": "s"}) as answered:
+            assert (await answered.json())["stream"]["stream_id"] == "s"
+        async with r.worker.session.get(r.worker.url + "/stream/status", headers={"X-Stream-Id": "t"}) as answered:
+            assert answered.status == 400

@@ -357,7 +357,7 @@ async def test_a_processor_that_does_not_answer_is_a_timeout() -> None:
         assert await r.get("/health") == {"status": "OK"}, "the device is still busy with it"
         processor.gate.set()
         await r.until(lambda: r.free() == 0)
-        assert await r.get("/health") == {"status": "IDLE"}
+        await r.until(lambda: r.worker.state == "IDLE")
 
 
 @asynchronous
@@ -404,7 +404,7 @@ async def test_no_slot_is_503_with_retry_after_and_health_answers_meanwhile() ->
         assert await r.get("/health") == {"status": "OK"}
         processor.gate.set()
         assert (await first)[0] == 200
-        assert await r.get("/health") == {"status": "IDLE"}
+        await r.until(lambda: r.worker.state == "IDLE")
 
 
 @asynchronous

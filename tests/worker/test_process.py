@@ -99,7 +99,7 @@ def test_sigterm_lets_the_job_in_the_house_finish(tmp_path: Path) -> None:
         while not get(port, "/api/stream/status")[1]["active_jobs"]:
             pass
         worker.popen.send_signal(signal.SIGTERM)
-        worker.wait_for("stopping: 1 jobs in the house")
+        worker.wait_for("stopping: 1 jobs and 0 streams in the house")
         assert post(port, "/", b"abc")[0] == 503
         job.join(30)
         assert answers == [(200, b"abc")]
@@ -120,7 +120,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         worker.popen.send_signal(signal.SIGINT)
         worker.wait_for("stopping")
         worker.popen.send_signal(signal.SIGINT)
-        worker.wait_for("stopped: 1 jobs unfinished")
+        worker.wait_for("stopped: 1 jobs unfinished, 0 streams cut off")
         began = time.monotonic()
         worker.popen.wait(30)
         assert time.monotonic() - began < 10
