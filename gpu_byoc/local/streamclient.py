@@ -78,8 +78,8 @@ class Plan:
 class Figures:
     """What one stream came to. ``published`` and ``received`` are the moments (``time.monotonic``) by PTS.
 
-    ``dropped`` and ``problems`` are the worker's counts by reason. ``compute`` are its device seconds by second, from
-    its heartbeats, which speak of seconds that are over; ``compute_total`` is what its status said at the end.
+    ``dropped`` and ``problems`` are the worker's counts by reason, ``compute_seconds`` what the device spent on it:
+    both as of its last heartbeat.
     """
 
     published: dict[int, float] = field(default_factory=dict)
@@ -89,8 +89,7 @@ class Figures:
     state: str = "starting"
     dropped: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
-    compute: dict[int, float] = field(default_factory=dict)
-    compute_total: float = 0.0
+    compute_seconds: float = 0.0
 
     @property
     def dropped_frames(self) -> int:
@@ -100,10 +99,6 @@ class Figures:
     def lost(self) -> int:
         """Frames that went in, did not come out, and were not counted as dropped."""
         return len(self.published) - len(self.received) - self.dropped_frames
-
-    @property
-    def compute_seconds(self) -> float:
-        return max(self.compute_total, math.fsum(self.compute.values()))
 
     def latencies(self) -> list[float]:
         return [at - self.published[pts] for pts, at in self.received.items()]
@@ -187,23 +182,16 @@ class LiveClient:
                 text = json.loads(text).get("message", text)
             raise StreamRefused(f"the worker did not start {self.name}: HTTP {status}: {text}")
 
-    async def _total(self) -> None:
-        """Ask for the stream's sums while it is on the worker's table. Other workers may not have one."""
-        status, text = await self._ask("GET", f"{self._worker}/stream/status", limit=1 << 20)
-        with suppress(ValueError, KeyError, TypeError):
-            totals = json.loads(text)["compute"]["totals"] if status == 200 else {}
-            self.figures.compute_total = float(totals[self.name]["compute_seconds"])
-
     async def _delete(self) -> None:
         """All channels, as far as they are there. Deleting twice does no harm."""
         for url in self._urls.values():
             with suppress(StreamRefused):
                 await self._ask("DELETE", url)
 
-    async def _ask(self, method: str, url: str, limit: int = 500, **named: Any) -> tuple[int, str]:
+    async def _ask(self, method: str, url: str, **named: Any) -> tuple[int, str]:
         try:
             async with asyncio.timeout(_ASK_SECONDS), self._http.request(method, url, **named) as answer:
-                return answer.status, (await answer.text(errors="replace")).strip()[:limit]
+                return answer.status, (await answer.text(errors="replace")).strip()[:500]
         except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError
             raise StreamRefused(f"{method} {url}: {str(error) or 'no answer in time'}") from error
 
@@ -236,7 +224,6 @@ class LiveClient:
             feed.close()
             await self._tail(feed.begins)
             self._on_last()
-            await self._total()
             self._all_in = True
 
     async def _picture_in(self, feed: _Feed, segmenter: Segmenter, picture: CodedPicture) -> None:
@@ -345,8 +332,7 @@ class LiveClient:
         figures.state = event["state"]
         figures.dropped = Counter(event["dropped"])
         figures.problems |= Counter(event["problems"])  # counts that only grow; ours have other names
-        row = event["compute"]
-        figures.compute[row["second"]] = row["compute_seconds"]
+        figures.compute_seconds = event["compute"]["total_compute_seconds"]
 
     async def _ended(self) -> None:
         """Return when the worker has ended the stream and all of its output is here."""

@@ -23,6 +23,7 @@ from gpu_byoc.transport.trickle_client import open_session
 BASE: Final = "/ai/trickle/"
 """Where go-livepeer has its channels."""
 
+SLOTS: Final = 3  # that a stream holds when its worker keeps up
 READY_SECONDS: Final = 60.0  # a GPU backend may compile and warm up
 _POLL_SECONDS: Final = 0.05  # between looks at another process, which has no event of ours
 _GUARD_SECONDS: Final = 0.5
@@ -65,7 +66,7 @@ def start(
             f"--processor green_tint --backend {backend} --host 127.0.0.1 --port {ports[1]} "
             f"--lossless {'yes' if lossless else 'no'}"
         )
-        more = ("--max-streams", str(streams)) if streams > 10 else ()  # 10 is what it allows by itself
+        more = ("--slots", str(SLOTS * streams)) if streams > 10 else ()  # 10 is what its 32 slots allow
         worker_child = children.start("worker", (*_PROGRAM, "serve", *flags.split(), *more))
     return Rig(trickle.rstrip("/") + "/", worker.rstrip("/"), trickle_child, worker_child)
 

@@ -97,7 +97,7 @@ class LiveStream:
             encoder=encoder,
             budget=None if worker.config.lossless else worker.config.latency_budget,
             pixel_format=pixel_format(worker.processor) or "rgb24",
-            share=lambda: max(3, worker.config.engine.slots // max(1, len(worker.streams))),
+            share=lambda: max(3, worker.config.engine.slots // (len(worker.streams) + 1)),  # one more may come
         )
         self.encoder = encoder
         check_size(self._engine, params)
