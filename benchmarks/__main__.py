@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import bench_jobs, bench_kernels, bench_media, bench_trickle, soak
+from benchmarks import bench_jobs, bench_kernels, bench_live, bench_media, bench_trickle, soak
 from benchmarks.harness import machine
 
 SCHEMA = 1
@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, Callable[[bool], list[dict[str, Any]]]]] = {
     "kernels": ("green tint, one core, one frame", bench_kernels.run),
     "jobs": ("a 640x480 frame as a job", bench_jobs.run),
     "media": ("a live picture, transport stream to transport stream, CPU", bench_media.run),
+    "live": ("live streams, worker and trickle server as processes of their own", bench_live.run),
     "trickle": ("trickle fan-out, against the same bytes over bare sockets", bench_trickle.run),
 }
 

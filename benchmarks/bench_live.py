@@ -2,8 +2,8 @@
 
 The packaged clip, three rounds of it, at 704x384 and 1280x720: H.264 without B-frames, 25 fps, a keyframe every 2 s,
 its AAC kept. Published in real time, then as fast as it comes out (lossless, three segments ahead), then N streams at
-once. Publisher and viewer are one process, so latency by PTS has one clock; it is from the last byte handed over to the
-last byte received.
+once. Publisher and viewer are one process, so latency by PTS has one clock; it begins right before a picture's bytes
+are handed to the connection and ends with the last byte of the output's picture.
 
 CPU is the worker process's alone, from the first picture out to the last. The floor is decode + yuv420p to rgb24 + back
 + encode over the same pictures at the same settings in one thread, measured right before and right after.

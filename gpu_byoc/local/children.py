@@ -12,11 +12,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Final
 
 from gpu_byoc.errors import GpuByocError
@@ -141,3 +141,21 @@ def _bind(held: ExitStack, port: int) -> int:
         return 0
     bound: int = probe.getsockname()[1]
     return bound
+
+
+@contextmanager
+def interruptible(received: list[int]) -> Iterator[None]:
+    """SIGTERM becomes a SIGINT, and SIGINT a KeyboardInterrupt (or, under asyncio, a cancel) even where it was ignored,
+    as a shell does for a command with "&"."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

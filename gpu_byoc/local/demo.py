@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import aclosing, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from gpu_byoc.errors import EXIT_INTERRUPTED, ConfigError, GpuByocError, OperatorError
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.local import demo_network
-from gpu_byoc.local.children import Children
+from gpu_byoc.local.children import Children, interruptible
 from gpu_byoc.local.demo_network import MODEL_ID, Network
 from gpu_byoc.local.job import CONCURRENCY, bar, beside, summary
 from gpu_byoc.local.jobclient import RAW, Answer, JobClient, Tally, in_order, in_thread, raw_type
@@ -68,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     received: list[int] = []
     try:
         with (
-            _interruptible(received),
+            interruptible(received),
             tempfile.TemporaryDirectory(prefix="gpu-byoc-demo-") as scratch,
             Children(Path(scratch)) as children,
         ):
@@ -82,24 +80,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"gpu-byoc demo: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-@contextmanager
-def _interruptible(received: list[int]) -> Iterator[None]:
-    """SIGTERM becomes a SIGINT, and SIGINT a KeyboardInterrupt (or, under asyncio, a cancel) even where it was ignored,
-    as a shell does for a command with "&"."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.raise_signal(signal.SIGINT)
-
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 async def _demo(given: argparse.Namespace, scratch: Path, children: Children) -> None:

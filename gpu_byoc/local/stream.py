@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from gpu_byoc.errors import EXIT_INTERRUPTED, ConfigError, GpuByocError, OperatorError
-from gpu_byoc.local.children import Children
-from gpu_byoc.local.demo import _interruptible
+from gpu_byoc.local.children import Children, interruptible
 from gpu_byoc.local.job import beside
 from gpu_byoc.local.jobclient import in_thread
 
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     received: list[int] = []
     try:
         with (
-            _interruptible(received),
+            interruptible(received),
             tempfile.TemporaryDirectory(prefix="gpu-byoc-stream-") as scratch,
             Children(Path(scratch)) as children,
         ):
