@@ -38,7 +38,7 @@ define quietly
 	fi
 endef
 
-.PHONY: help demo live test lint types format bench bench-live soak clean
+.PHONY: help demo live test lint types format bench bench-live soak soak-live clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -71,6 +71,9 @@ bench-live: $(DEV)  ## live streams: CPU a frame against the floor, latency, how
 
 soak: $(DEV)  ## ten minutes of jobs, then compare the memory
 	@.venv/bin/python -m benchmarks --soak 10 $(ARGS)
+
+soak-live: $(DEV)  ## an hour of streams that start, stop and fail at random; is anything left over?
+	@.venv/bin/python -m benchmarks.soak_live $(ARGS)
 
 clean:  ## remove what make made, .venv included
 	@rm -rf .venv build dist demo-out live-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis gpu_byoc.egg-info

@@ -34,7 +34,7 @@ def run(seconds: float) -> dict[str, Any]:
                 samples[name].append(rss(pid))
         for connection in connections:
             connection.close()
-    verdict = {name: _growth(values) for name, values in samples.items()}
+    verdict = {name: growth(values) for name, values in samples.items()}
     return {
         "seconds": time.monotonic() - began,
         "jobs": jobs,
@@ -43,7 +43,7 @@ def run(seconds: float) -> dict[str, Any]:
     }
 
 
-def _growth(values: list[int]) -> dict[str, Any]:
+def growth(values: list[int]) -> dict[str, Any]:
     quarter = max(1, len(values) // 4)
     second = values[quarter : 2 * quarter] or values
     last = values[-quarter:]

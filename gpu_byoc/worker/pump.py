@@ -108,6 +108,7 @@ class Pump:
         self._house: deque[_Ticket] = deque()  # submitted and not released, oldest first
         self._input_over = False
         self._stopped = False
+        self._closed = False  # the outer thread has ended: frames go nowhere
         self._waiting: threading.Event | None = None
         self._error: BaseException | None = None
         self._inner = threading.Thread(target=self._run_inner, name=f"{name}-decode", daemon=True)
@@ -188,6 +189,8 @@ class Pump:
             assert desk.info is not None
             ticket = _Ticket(lease, frame.pts, arrived, desk.info)
             with self._lock:
+                if self._closed:  # nobody is left to release it
+                    raise Closed
                 self._house.append(ticket)
             lease.submit(self._name, params.processor, lambda outcome: self._landed(ticket, outcome))
         except (BadFrame, TooLarge) as error:
@@ -333,6 +336,7 @@ class Pump:
         """Frames that nobody encodes any more: those that came back, and those still out, which the engine gives back
         when the device is through with them."""
         with self._lock:
+            self._closed = True
             rest = list(self._house)
             self._house.clear()
             self._done.clear()
