@@ -15,7 +15,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = {"help", "demo", "live", "test", "lint", "types", "format", "bench", "bench-live", "soak", "clean"}
+TARGETS = {
+    "help",
+    "demo",
+    "live",
+    "test",
+    "lint",
+    "types",
+    "format",
+    "bench",
+    "bench-live",
+    "soak",
+    "soak-live",
+    "clean",
+}
 
 # Called as `python3`: answers the Makefile's questions, and `-m venv` makes a .venv whose python is PIP_RECORDER.
 PYTHON3 = """#!/bin/sh
