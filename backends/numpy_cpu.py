@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import array_api_compat.numpy as xp
 import numpy as np
 
 from gpu_byoc.backend import Batch, BatchTimes, HostArena, runs
 from gpu_byoc.errors import BackendUnavailable, ProcessorOutput, ProcessorSpoiled
-from gpu_byoc.processor import ArrayProcessor, Processor, processor_name
+from gpu_byoc.processor import ArrayProcessor, Kernel, Processor, processor_name
 
 
 class _Done:
@@ -34,6 +34,8 @@ class NumpyBackend:
 
     def __init__(self) -> None:
         self._processor: ArrayProcessor | None = None
+        self._kernel: Kernel | None = None
+        self._xp: Any = None
 
     @classmethod
     def available(cls, device: str | None) -> str | None:
@@ -46,15 +48,19 @@ class NumpyBackend:
             raise BackendUnavailable(reason)
         if not isinstance(processor, ArrayProcessor):
             raise BackendUnavailable(f"numpy runs ArrayProcessors; {processor_name(processor)} is none")
-        processor.setup(xp, "cpu")
-        self._processor = processor
+        kernel = processor.kernels.get("numpy")
+        if kernel is None or type(processor).setup is not ArrayProcessor.setup:
+            # Only now: it imports all of numpy, which takes longer than the rest of the worker's start.
+            self._xp = importlib.import_module("array_api_compat.numpy")
+            processor.setup(self._xp, "cpu")
+        self._processor, self._kernel = processor, kernel
 
     def arena(self, nbytes: int, slots: int) -> HostArena:
         return HostArena(nbytes, slots)
 
     def submit(self, batch: Batch) -> _Done:
         assert self._processor is not None, "open comes first"
-        kernel = self._processor.kernels.get("numpy")
+        kernel = self._kernel
         started = time.perf_counter_ns()
         if kernel is not None:
             try:
@@ -68,8 +74,7 @@ class NumpyBackend:
             self._generic(batch, self._processor)
         return _Done(BatchTimes(compute_ns=time.perf_counter_ns() - started))
 
-    @staticmethod
-    def _generic(batch: Batch, processor: ArrayProcessor) -> None:
+    def _generic(self, batch: Batch, processor: ArrayProcessor) -> None:
         spec = batch.spec
         parts = [
             np.frombuffer(batch.arena.view(first, count), np.uint8).reshape(count, *spec.shape)
@@ -77,7 +82,7 @@ class NumpyBackend:
         ]
         frames = parts[0][:] if len(parts) == 1 else np.concatenate(parts)
         frames.flags.writeable = False
-        result = processor.process_batch(frames, batch.params, xp)
+        result = processor.process_batch(frames, batch.params, self._xp)
         check_result(result, frames.shape, processor)
         at = 0
         for part in parts:
