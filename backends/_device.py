@@ -250,7 +250,7 @@ class DeviceBackend(ABC):
         """Device memory, at the cost of idle lanes if there is no other."""
         try:
             return self._empty(nbytes)
-        except Exception as error:
+        except Exception as error:  # each library has an out-of-memory error of its own; others go on
             if not self._is_out_of_memory(error):
                 raise
         self._free_idle()

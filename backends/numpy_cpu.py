@@ -67,7 +67,7 @@ class NumpyBackend:
                 for first, count in runs(batch.slots):
                     frames = np.frombuffer(batch.arena.view(first, count), np.uint8)
                     kernel(frames, frames, batch.params)
-            except BaseException as error:
+            except BaseException as error:  # the processor's own, whatever it is
                 name = processor_name(self._processor)
                 raise ProcessorSpoiled(f"the numpy kernel of {name} raised {error!r}") from error
         else:

@@ -85,7 +85,7 @@ def measure(connections: Sequence[Connection], jobs: int) -> Load:
                 into.append(time.perf_counter() - began)
                 if status != 200:
                     raise RuntimeError(f"HTTP {status}: {bytes(connection.body)[:200]!r}")
-        except BaseException as error:
+        except BaseException as error:  # raised again by the caller, who joins this thread
             failures.append(error)
 
     threads = [threading.Thread(target=drive, args=pair) for pair in zip(connections, times, strict=True)]

@@ -128,14 +128,6 @@ class ToLoop(_Pipe[T]):
                 self._lock.wait()
             self._add(item, weight)
 
-    def offer(self, item: T, weight: int) -> bool:
-        """Put in without waiting; False if there is no room. Raises Closed."""
-        with self._lock:
-            if not self._room():
-                return False
-            self._add(item, weight)
-            return True
-
     async def get(self) -> T:
         """Wait for the next item. Raises EOFError at the end, Closed after ``abandon``, or what ``end`` was given."""
         while True:

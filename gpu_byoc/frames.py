@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, NewType
+from typing import Final
 
 from gpu_byoc.errors import BadFrame
-
-StreamId = NewType("StreamId", str)
-"""Names a live stream, or a class of jobs. Frames of one id leave in the order in which they were submitted."""
 
 BYTES_PER_PIXEL: Final = {"rgb24": 3, "bgr24": 3, "rgba": 4, "bgra": 4, "gray": 1}
 """Packed 8-bit formats by their FFmpeg names; all have shape (height, width, channels)."""

@@ -99,7 +99,7 @@ def _from_file(path: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         del sys.modules[name]
         raise PluginError(f"{path} needs {error.name!r}, which is not installed") from error
-    except BaseException:
+    except BaseException:  # whatever the file raised: it is not left half imported
         del sys.modules[name]
         raise
     return module

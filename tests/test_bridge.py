@@ -61,9 +61,12 @@ async def test_to_the_loop_in_order_and_bounded() -> None:
 @asynchronous
 async def test_one_item_may_be_larger_than_the_limit() -> None:
     pipe: ToLoop[bytes] = ToLoop(limit=1)
-    assert pipe.offer(bytes(100), 100)
-    assert not pipe.offer(b"x", 1)
+    pipe.put(bytes(100), 100)
+    second = started(lambda: pipe.put(b"x", 1))
+    await asyncio.wait([second], timeout=0.02)
+    assert not second.done(), "but then there is no room"
     assert await pipe.get() == bytes(100)
+    await second
 
 
 @asynchronous

@@ -165,8 +165,8 @@ class Exchange:
         except (GpuByocError, ClientGone, OSError):
             # Wakes ``head`` or ``read``, which raise what happened: the body's error if it has one.
             connection.close()
-        except Exception:
-            connection.close()  # a bug of ours: do not leave ``head`` waiting; ``finish`` raises it
+        except Exception:  # a bug of ours: do not leave ``head`` waiting; ``finish`` raises it
+            connection.close()
             raise
 
 

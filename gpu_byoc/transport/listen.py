@@ -55,7 +55,7 @@ async def serve(app: web.Application, sock: socket.socket, shutdown: float) -> w
     await runner.setup()
     try:
         await web.SockSite(runner, sock, backlog=BACKLOG).start()
-    except BaseException:
+    except BaseException:  # also a cancel: what was set up is taken down
         await runner.cleanup()
         raise
     return runner

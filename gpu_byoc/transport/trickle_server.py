@@ -290,7 +290,7 @@ async def serving(
     sock = bind(host, port)
     try:
         runner = await serve(app, sock, shutdown=1.0)
-    except BaseException:
+    except BaseException:  # also a cancel: nobody else closes it
         sock.close()
         raise
     try:

@@ -131,7 +131,7 @@ async def read_all(request: web.Request, limit: int, seconds: float, budget: Bud
                     raise TooLarge(f"the body is larger than the limit of {limit} bytes (--max-body-mb)")
                 budget.take(len(chunk))
                 body += chunk
-    except BaseException:
+    except BaseException:  # a cancel above all: the caller gets no body to give back
         budget.give(len(body))
         raise
     return body

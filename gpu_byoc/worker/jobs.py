@@ -273,7 +273,7 @@ async def _lease(worker: Worker, job: Job) -> Lease:
     except TimeoutError:
         lease.release()
         raise worker.ready_engine().refuse(f"no slot became free within {patience:g} s; try again later") from None
-    except BaseException:
+    except BaseException:  # a cancel above all: the place in the line goes back
         lease.release()
         raise
     return lease

@@ -179,7 +179,7 @@ class Pump:
         spec = desk.spec(frame, params, self._format)
         try:
             lease = self._lease(spec, arrived)
-        except BaseException:
+        except BaseException:  # the stream or the engine ends: the frame is counted all the same
             self._tell("dropped", "stopped")
             raise
         if lease is None:
@@ -196,7 +196,7 @@ class Pump:
         except (BadFrame, TooLarge) as error:
             lease.release()
             self._tell("dropped", error.code)
-        except BaseException:
+        except BaseException:  # the stream or the engine ends, or a bug: the slot goes back, the frame is counted
             with self._lock:
                 if self._house and self._house[-1].lease is lease:
                     self._house.pop()

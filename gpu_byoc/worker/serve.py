@@ -122,7 +122,7 @@ async def _open(backend: Backend, config: ServeConfig, processor: Processor) -> 
     engine = Engine(backend, processor, config.engine, config.device)
     try:
         await asyncio.wrap_future(engine.start())
-    except BaseException:
+    except BaseException:  # also a cancel: the thread is not left behind
         await asyncio.to_thread(engine.close, timeout=1.0)
         raise
     return engine

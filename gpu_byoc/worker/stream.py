@@ -119,10 +119,10 @@ class LiveStream:
         self.tell("params_updated", params=dict(params.given))
         return params
 
-    def tell(self, kind: str, queue: str = "ai_stream_events", **fields: Any) -> None:
+    def tell(self, kind: str, **fields: Any) -> None:
         """Queue an event for the events channel."""
         event = {"type": kind, "timestamp": int(time.time() * 1000), **fields}
-        self._news.append({"event": event, "queue_event_type": queue})
+        self._news.append({"event": event, "queue_event_type": "ai_stream_events"})
         self._has_news.set()
 
     def numbers(self) -> dict[str, Any]:
@@ -298,7 +298,7 @@ class LiveStream:
                     self.tell("send_first_processed_segment")
             if segment is not None:
                 await self._close(segment)
-        except BaseException:
+        except BaseException:  # a cancel above all: nobody waits for confirmations then
             for task in closing:
                 task.cancel()
             raise

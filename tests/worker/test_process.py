@@ -54,8 +54,18 @@ def test_the_pages_processor_runs_unmodified() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pytrickle") is not None, reason="a real pytrickle is installed")
-def test_the_stand_in_is_for_that_process_only() -> None:
-    assert importlib.util.find_spec("pytrickle") is None
+def test_the_stand_in_is_for_that_process_only(tmp_path: Path) -> None:
+    """A file that imports pytrickle and is done; afterwards, and in the file's own children, there is none."""
+    file = tmp_path / "child.py"
+    file.write_text(
+        "import subprocess, sys\n"
+        "from pytrickle import FrameProcessor, run_processor\n"
+        "child = subprocess.run([sys.executable, '-c', 'import pytrickle'], capture_output=True, text=True)\n"
+        "print('ours:', FrameProcessor.__module__, 'child:', 'ModuleNotFoundError' in child.stderr)\n"
+    )
+    with running("run", str(file)) as worker:
+        worker.wait_for("ours: gpu_byoc.processor child: True")
+        assert worker.popen.wait(30) == 0
 
 
 def test_a_real_pytrickle_that_has_both_names_wins(tmp_path: Path) -> None:
