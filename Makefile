@@ -3,10 +3,16 @@
 #   make PYTHON=python3.12 test    which Python makes .venv (3.11 or newer); an existing .venv is kept
 #   make test ARGS="-k slots"      what goes to pytest
 #   make test TORCH=1              installs torch as well and runs its tests
+#   make images-test STANDIN=1     where no registry answers, a base image of Debian's packages instead (root, debootstrap)
 
 PYTHON ?= python3
 ARGS ?=
+FUZZ_SECONDS ?= 60
+CHAOS_ROUNDS ?= 3
 TORCH_PIN := torch==2.13.0
+TOOL_PINS := cyclonedx-bom==7.5.0 uv==0.13.9
+IMAGES ?= cpu
+BASE ?= docker.io/library/python:3.11-slim-bookworm
 
 SHELL := /bin/sh
 .SHELLFLAGS := -euc
@@ -25,6 +31,7 @@ VENV := .venv/.made-$(HERE)
 RUN := .venv/.run-$(HERE)-$(PINS)
 DEV := .venv/.dev-$(HERE)-$(PINS)
 WITH_TORCH := .venv/.torch-$(HERE)-$(PINS)
+TOOLS := .venv/.tools-$(HERE)
 TEST_NEEDS := $(DEV) $(if $(filter 1,$(TORCH)),$(WITH_TORCH))
 
 # pip speaks only when it fails.
@@ -38,7 +45,7 @@ define quietly
 	fi
 endef
 
-.PHONY: help demo live test lint types format bench bench-live soak soak-live clean
+.PHONY: help demo live test lint types format bench bench-quick bench-peers plot bench-live soak soak-live fuzz chaos images images-test images-test-gpu sbom lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -63,20 +70,74 @@ format: $(DEV)  ## let ruff format and sort
 	@.venv/bin/python -m ruff check --fix-only --quiet .
 	.venv/bin/python -m ruff format .
 
-bench: $(DEV)  ## measure this machine: bare echo, worker, whole chain
-	@.venv/bin/python -m benchmarks $(ARGS)
+bench: $(DEV)  ## measure this machine, everything it can run; leaves figures, pictures and a page in bench-out/
+	@.venv/bin/gpu-byoc bench $(ARGS)
+
+bench-quick: $(DEV)  ## the same with few and short windows: a look, under two minutes
+	@.venv/bin/gpu-byoc bench --quick $(ARGS)
+
+bench-peers: $(DEV)  ## other servers on the same work, each in an environment of its own under .venv-peers/
+	@.venv/bin/gpu-byoc bench --only peers-live,peers-jobs $(ARGS)
+
+plot: $(DEV)  ## README's table and picture again: make plot FILE=benchmarks/results/MACHINE.json
+	@.venv/bin/python -m benchmarks report "$(FILE)" --readme README.md $(ARGS)
 
 bench-live: $(DEV)  ## live streams: CPU a frame against the floor, latency, how many at once
 	@.venv/bin/python -m benchmarks.bench_live $(ARGS)
 
 soak: $(DEV)  ## ten minutes of jobs, then compare the memory
-	@.venv/bin/python -m benchmarks --soak 10 $(ARGS)
+	@.venv/bin/python -m benchmarks.soak $(ARGS)
 
 soak-live: $(DEV)  ## an hour of streams that start, stop and fail at random; is anything left over?
 	@.venv/bin/python -m benchmarks.soak_live $(ARGS)
 
+fuzz: $(DEV)  ## hostile input, FUZZ_SECONDS=60 for each target: no crash, no hang, no growth; ARGS="ts worker" for some
+	@.venv/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
+
+chaos: $(DEV)  ## things that die, hang, lie and go missing, CHAOS_ROUNDS=3 times over (docs/chaos.md)
+	@CHAOS_ROUNDS=$(CHAOS_ROUNDS) .venv/bin/python -m pytest tests/chaos $(ARGS)
+
+images: $(VENV)  ## container images, with docker or podman: make images IMAGES="cpu cupy torch full" BASE=...@sha256:...
+	@.venv/bin/python docker/images.py build $(IMAGES) --base "$(BASE)" $(if $(filter 1,$(STANDIN)),--standin)
+
+images-test: $(DEV)  ## build the images of IMAGES="..." (cpu), run them, and check what docs/docker.md says of them
+	@.venv/bin/python docker/images.py build $(IMAGES) --base "$(BASE)" $(if $(filter 1,$(STANDIN)),--standin)
+	$(if $(filter cpu,$(IMAGES)),GPU_BYOC_TEST_IMAGE=gpu-byoc:cpu .venv/bin/python -m pytest tests/images $(ARGS))
+	for target in $(filter-out cpu,$(IMAGES)); do
+		image=gpu-byoc:cuda-$$target
+		[ $$target != full ] || image=gpu-byoc:cuda
+		GPU_BYOC_TEST_CUDA_IMAGE=$$image .venv/bin/python -m pytest tests/images/test_cuda_containers.py $(ARGS)
+	done
+
+images-test-gpu: $(DEV)  ## on a host with a GPU: build the full CUDA image, verify the backends and measure inside it
+	@.venv/bin/python docker/images.py build cpu full --base "$(BASE)"
+	GPU_BYOC_TEST_CUDA_IMAGE=gpu-byoc:cuda GPU_BYOC_TEST_GPU=1 \
+		.venv/bin/python -m pytest tests/images/test_cuda_containers.py -s $(ARGS)
+
+sbom: $(TOOLS)  ## what is in each image, as CycloneDX, from the locks: dist/sbom-*.cdx.json
+	@mkdir -p dist
+	awk '/==/ { keep = !seen[$$1]++ } keep' docker/cpu.lock docker/torch.lock docker/cupy.lock >.venv/full.lock
+	cat docker/cpu.lock docker/cupy.lock >.venv/cupy.lock
+	cat docker/cpu.lock docker/torch.lock >.venv/torch.lock
+	cp docker/cpu.lock .venv/cpu.lock
+	for image in cpu cupy torch full; do
+		.venv/tools/bin/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible \
+			-o "dist/sbom-$$image.cdx.json" ".venv/$$image.lock"
+		echo "dist/sbom-$$image.cdx.json"
+	done
+
+lock: $(TOOLS)  ## the images' locks again, from pyproject.toml, constraints.txt and docker/cuda-pins.txt
+	@grep -v '^torch==' constraints.txt >.venv/run.txt
+	compile() { .venv/tools/bin/uv pip compile --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 "$$@"; }
+	echo setuptools | compile --no-deps -c .venv/run.txt -o docker/build.lock -
+	compile -c .venv/run.txt -o docker/cpu.lock pyproject.toml
+	skip=$$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' docker/cpu.lock)
+	for extra in cupy torch; do
+		compile --extra $$extra -c .venv/run.txt -c docker/cuda-pins.txt $$skip -o docker/$$extra.lock pyproject.toml
+	done
+
 clean:  ## remove what make made, .venv included
-	@rm -rf .venv build dist demo-out live-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis gpu_byoc.egg-info
+	@rm -rf .venv .venv-peers build dist demo-out live-out bench-out fuzz-out .pytest_cache .mypy_cache .ruff_cache .hypothesis gpu_byoc.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV):
@@ -111,6 +172,12 @@ $(WITH_TORCH): | $(DEV)
 	@echo "Installing $(TORCH_PIN); it is large."
 	$(call quietly,$(PIP) $(TORCH_PIN))
 	rm -f .venv/.torch-*
+	touch "$@"
+
+# In an environment of their own: what they need is not to mix with what the project needs.
+$(TOOLS): | $(VENV)
+	@.venv/bin/python -m venv --clear .venv/tools
+	$(call quietly,.venv/tools/bin/python -m pip --disable-pip-version-check --no-input install $(TOOL_PINS))
 	touch "$@"
 
 comma := ,

@@ -11,107 +11,48 @@ the processor's call returned, so a batch that failed leaves its slots as they w
 ``submit`` until its ``wait`` returned, and no other batch touches it; idle lanes are kept for the next batch of the
 same frame size and bucket.
 
-A library plugs in by the abstract methods of ``DeviceBackend``; every method with a stream enqueues on it.
+Frames lie in the lane in the order of their slots, not of their submission: neighbouring slots are one copy then,
+whichever way they were handed out.
+
+A library plugs in by the abstract methods of ``Hardware``; the processor's side is ``Stage``.
 """
 
 from __future__ import annotations
 
-import logging
+import threading
 import traceback
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
-from array_api_compat import device as device_of
-
 from gpu_byoc.backend import Batch, BatchTimes, runs
-from gpu_byoc.errors import BackendUnavailable, DeviceError, DeviceLost, DeviceOutOfMemory, ProcessorOutput
-from gpu_byoc.frames import BYTES_PER_PIXEL
-from gpu_byoc.processor import ArrayProcessor, Kernel, Processor, processor_name
+from gpu_byoc.errors import BackendUnavailable, DeviceError, DeviceLost, DeviceOutOfMemory
+from gpu_byoc.processor import ArrayProcessor, Processor, processor_name
 
-from ._lanes import Event, Lane, LanePool, Slab, SlabArena, Stream, slab_of
+from ._cuda import ignore_captures
+from ._lanes import Canary, Lane, LanePool, SlabArena, slab_of
+from ._nvml import Figures, Meter, gpu_uuid
+from ._stage import Stage
 
-log = logging.getLogger(__name__)
 
-
-class DeviceBackend(ABC):
+class DeviceBackend(Stage):
     """A backend whose device has memory of its own.
 
     ``require_pinned``  set it before ``arena`` is called to make unpinned host memory an error, not a warning.
     """
 
-    name: str = ""
-    depth: int = 2  # one batch on the device while the next one is copied in
+    depth: int = 3  # as many as there are streams: one batch copied in, one computed, one copied out
     batches: bool = True
     require_pinned: bool = False
 
     def __init__(self) -> None:
-        self.device = ""
-        self._degraded: list[str] = []
+        super().__init__()
+        self._known: dict[str, Any] = {}
         self._lost = ""
-        self._processor: ArrayProcessor | None = None
-        self._kernel: Kernel | None = None
+        self._canary: Canary | None = None
+        self._gpu_facts: Mapping[str, Any] | None = None
+        self._figures: Figures | None = None
+        self._threads = threading.local()
         self._lanes = LanePool(self._make_lane)
-
-    # --- what a library has to say
-
-    @classmethod
-    @abstractmethod
-    def available(cls, device: str | None) -> str | None: ...
-
-    @abstractmethod
-    def _take(self, device: str | None) -> tuple[Any, Any]:
-        """Import the library, choose the device, set ``self.device``. Returns ``xp`` and its device object."""
-
-    @abstractmethod
-    def _facts(self) -> Mapping[str, Any]:
-        """Device name and library versions for status."""
-
-    @abstractmethod
-    def _slab(self, nbytes: int) -> Slab:
-        """Host memory, pinned if it can be."""
-
-    @abstractmethod
-    def _empty(self, nbytes: int) -> Any:
-        """Flat uint8 device array, aligned to at least 16 bytes."""
-
-    @abstractmethod
-    def _stream(self) -> Stream: ...
-
-    @abstractmethod
-    def _event(self) -> Event: ...
-
-    @abstractmethod
-    def _on(self, stream: Stream) -> AbstractContextManager[Any]:
-        """Makes ``stream`` the library's current one, for the code of a processor."""
-
-    @abstractmethod
-    def _upload(self, array: Any, at: int, slab: Slab, start: int, nbytes: int, stream: Stream) -> None:
-        """Enqueue ``array[at:at + nbytes] = slab[start:start + nbytes]``."""
-
-    @abstractmethod
-    def _download(self, slab: Slab, start: int, array: Any, at: int, nbytes: int, stream: Stream) -> None:
-        """Enqueue ``slab[start:start + nbytes] = array[at:at + nbytes]``."""
-
-    @abstractmethod
-    def _assign(self, target: Any, value: Any) -> None:
-        """``target[...] = value`` for arrays of one shape, on the current stream."""
-
-    @abstractmethod
-    def _elapsed_ns(self, begin: Event, end: Event) -> float:
-        """Time between two marks that have passed."""
-
-    @abstractmethod
-    def _is_array(self, value: Any) -> bool: ...
-
-    @abstractmethod
-    def _is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether the library says by ``error`` that device memory ran out."""
-
-    @abstractmethod
-    def _free_cached(self) -> None:
-        """Give memory that the library keeps for itself back to the device."""
 
     # --- the contract
 
@@ -123,21 +64,30 @@ class DeviceBackend(ABC):
                 f"{self.name} runs ArrayProcessors; {processor_name(processor)} is a FrameProcessor, which takes bytes"
             )
         try:
-            self._xp, xp_device = self._take(device)
+            self._library = self._take(device)
+            self._library.use()
             self._up, self._compute, self._down = self._stream(), self._stream(), self._stream()
-        except RuntimeError as error:  # what both libraries raise for the driver's refusals
+            self._canary = Canary(self._stream(urgent=True), self._empty(16), self._event())
+        except (RuntimeError, MemoryError) as error:  # what the libraries raise for the driver's refusals
             raise BackendUnavailable(
                 f"{self.name} cannot open {device or 'cuda'} ({error}): look with nvidia-smi whether another process "
-                "holds it or its compute mode is exclusive"
+                "holds it or all of its memory, or its compute mode is exclusive"
             ) from error
-        with self._on(self._compute):
-            processor.setup(self._xp, xp_device)
-            self._processor = processor
-        self._kernel = self._warm_kernel(processor)
+        self._gpu_facts = self._gpu()
+        if self._gpu_facts is not None:
+            self._nvml_name = gpu_uuid(self._gpu_facts["index"])
+            self._nvml = Meter(self._nvml_name)
+        self._enter()
+        kernel_facts = self._welcome(processor)
+        self._known = {**self._facts(), **kernel_facts}
         try:
             self._compute.synchronize()
+            self._beat(self._canary)  # CUDA loads code when it is first used, and may wait for batches then
+            figures = self._look()
         except Exception as error:  # nothing but the device itself fails here
             raise self._lose(error) from error
+        if figures:
+            self._figures = Figures(self._look, figures)
 
     def arena(self, nbytes: int, slots: int) -> SlabArena:
         slab = self._slab(nbytes * slots)
@@ -171,24 +121,54 @@ class DeviceBackend(ABC):
             raise self._lose(error) from error
         return Flight(self, lane)
 
+    def probe(self) -> None:
+        """A small write on a stream of its own, and the wait for it: the caller's deadline says whether the device is
+        still there. Any thread, one at a time; no lane and no other stream is touched."""
+        if self._lost:
+            raise DeviceLost(self._lost)
+        canary = self._canary
+        if canary is None:  # not open yet, or closed
+            return
+        try:
+            self._enter()
+            self._beat(canary)
+        except Exception as error:  # nothing but the device itself fails here
+            raise self._lose(error) from error
+
     def info(self) -> Mapping[str, Any]:
-        return {**self._facts(), "degraded": list(self._degraded)}
+        figures = self._figures.latest if self._figures else {}
+        return {**self._known, **figures, "degraded": list(self._degraded)}
 
     def close(self) -> None:
         try:
             if self._processor is not None:
-                with self._on(self._compute):
+                with self._on_compute():
                     self._processor.teardown()
         finally:
-            self._processor = None
+            self._processor = self._canary = None
+            if self._figures is not None:
+                self._figures.close()
             self._lanes.drop()
 
     # --- inside
 
+    def _enter(self) -> None:
+        """First thing on whichever thread calls the device: it is the thread's current one, and a graph that a
+        processor captures on another thread is none of this one's business."""
+        self._library.use()
+        if self._gpu_facts is not None and not getattr(self._threads, "entered", False):
+            self._threads.entered = True
+            ignore_captures()
+
+    def _beat(self, canary: Canary) -> None:
+        self._clear(canary.memory, canary.stream)
+        canary.done.record(canary.stream)
+        canary.done.synchronize()
+
     def _copy_in(self, batch: Batch, lane: Lane) -> None:
         slab, at = slab_of(batch.arena), 0
         lane.marks[0].record(self._up)
-        for first, count in runs(batch.slots):
+        for first, count in _pieces(batch):
             nbytes = count * lane.nbytes
             self._upload(lane.frames, at, slab, first * lane.nbytes, nbytes, self._up)
             at += nbytes
@@ -197,23 +177,18 @@ class DeviceBackend(ABC):
 
     def _process(self, batch: Batch, lane: Lane, processor: ArrayProcessor) -> Any:
         """Enqueue the processor's work; returns the lane's array that will hold the result."""
-        count = len(batch.slots)
-        with self._on(self._compute):
+        with self._on_compute():
             lane.marks[2].record(self._compute)
-            frames = self._frames(lane.frames, count, batch.spec.shape)
-            if self._kernel is not None:
-                result = self._kernel(frames, batch.params)
-            else:
-                result = processor.process_batch(frames, batch.params, self._xp)
+            frames = self._frames(lane.frames, len(batch.slots), batch.spec.shape)
+            result = self._result(processor, frames, batch.params)
             output = lane.frames
             if result is not frames:
                 # An array of the processor's own is copied, on the device: it may be a view in any order, or one
                 # that the processor writes again while this batch still waits for its download.
-                self._check(result, frames, processor)
                 if lane.result is None:
                     lane.result = self._allocate(lane.bucket * lane.nbytes)
                 output = lane.result
-                self._assign(self._frames(output, count, batch.spec.shape), result)
+                self._assign(self._frames(output, len(frames), batch.spec.shape), result)
             lane.marks[3].record(self._compute)
         return output
 
@@ -221,37 +196,33 @@ class DeviceBackend(ABC):
         slab, at = slab_of(batch.arena), 0
         self._down.wait_event(lane.marks[3])
         lane.marks[4].record(self._down)
-        for first, count in runs(batch.slots):
+        for first, count in _pieces(batch):
             nbytes = count * lane.nbytes
             self._download(slab, first * lane.nbytes, output, at, nbytes, self._down)
             at += nbytes
         lane.marks[5].record(self._down)
 
-    @staticmethod
-    def _frames(array: Any, count: int, shape: tuple[int, int, int]) -> Any:
-        height, width, channels = shape
-        return array[: count * height * width * channels].reshape(count, height, width, channels)
-
-    def _check(self, result: Any, frames: Any, processor: ArrayProcessor) -> None:
-        if not self._is_array(result):
-            raise ProcessorOutput(
-                f"{processor_name(processor)} returned {type(result).__module__}.{type(result).__qualname__}; "
-                f"{self.name} needs an array of its own kind, {tuple(frames.shape)} {frames.dtype} on {self.device}"
-            )
-        got = (tuple(result.shape), result.dtype, device_of(result))
-        want = (tuple(frames.shape), frames.dtype, device_of(frames))
-        if got != want:
-            raise ProcessorOutput(
-                f"{processor_name(processor)} returned {got[0]} {got[1]} on {got[2]} for frames of "
-                f"{want[0]} {want[1]} on {want[2]}"
-            )
+    def _look(self) -> Mapping[str, Any]:
+        """``gpu_info`` and ``gpu_stats`` by index, nothing on a CPU. Whoever asks for ``info`` gets what was read last,
+        and never waits for a device that hangs."""
+        if self._gpu_facts is None:
+            return {}
+        self._enter()
+        index, name, major, minor = (self._gpu_facts[key] for key in ("index", "name", "major", "minor"))
+        free, total = self._memory()
+        compute, memory = self._nvml.read()
+        both = {"id": self._nvml_name, "name": name, "memory_total": total, "memory_free": free}
+        return {
+            "gpu_info": {str(index): {**both, "major": major, "minor": minor}},
+            "gpu_stats": {str(index): {**both, "utilization_compute": compute, "utilization_memory": memory}},
+        }
 
     def _allocate(self, nbytes: int) -> Any:
         """Device memory, at the cost of idle lanes if there is no other."""
         try:
             return self._empty(nbytes)
         except Exception as error:  # each library has an out-of-memory error of its own; others go on
-            if not self._is_out_of_memory(error):
+            if not self._ran_out(error):
                 raise
         self._free_idle()
         return self._empty(nbytes)
@@ -263,7 +234,7 @@ class DeviceBackend(ABC):
         try:
             return self._lanes.take(batch.arena.nbytes, len(batch.slots))
         except Exception as error:  # the library's: memory, or the device itself
-            raise (self._out_of_memory if self._is_out_of_memory(error) else self._lose)(error) from error
+            raise (self._out_of_memory if self._ran_out(error) else self._lose)(error) from error
 
     def _after_failure(self, error: BaseException, lane: Lane) -> DeviceError | None:
         """Bring a failed batch to rest; returns what to raise in place of ``error``, None for ``error`` itself.
@@ -276,7 +247,7 @@ class DeviceBackend(ABC):
             self._compute.synchronize()
         except Exception as fault:  # nothing but the device itself fails here
             return self._lose(fault)
-        if self._is_out_of_memory(error):
+        if self._ran_out(error):
             _forget_arrays(error)
             lane.frames = lane.result = None
             self._free_idle()
@@ -296,33 +267,11 @@ class DeviceBackend(ABC):
 
     def _free_idle(self) -> None:
         self._lanes.drop()
-        self._free_cached()
+        for library in self._libraries():
+            library.free_cached()
 
     def _arena_closed(self, arena: SlabArena) -> None:
         self._lanes.drop(arena.nbytes)
-
-    def _warm_kernel(self, processor: ArrayProcessor) -> Kernel | None:
-        """The processor's kernel for this backend, after one call on a frame of 4x4, so that it is compiled."""
-        kernel = processor.kernels.get(self.name)
-        if kernel is None:
-            return None
-        shape = (4, 4, BYTES_PER_PIXEL[processor.pixel_format])
-        frames = self._frames(self._empty(16 * shape[2]), 1, shape)
-        try:
-            with self._on(self._compute):
-                kernel(frames, processor.Params())
-        except Exception as error:  # a compiler that is missing, a source that does not build: all have one cure
-            self._degrade(
-                f"the {self.name} kernel of {processor_name(processor)} does not run here "
-                f"({type(error).__name__}: {error}); its slower process_batch is used"
-            )
-            return None
-        return kernel
-
-    def _degrade(self, text: str) -> None:
-        if text not in self._degraded:
-            self._degraded.append(text)
-            log.warning("%s: %s", self.name, text)
 
 
 class Flight:
@@ -335,6 +284,7 @@ class Flight:
     def wait(self) -> BatchTimes:
         backend, marks = self._backend, self._lane.marks
         try:
+            backend._enter()  # this may be a thread of its own
             marks[5].synchronize()
             copied_in, computed, copied_out = (
                 max(0, round(backend._elapsed_ns(marks[i], marks[i + 1]))) for i in (0, 2, 4)
@@ -343,6 +293,11 @@ class Flight:
             raise backend._lose(error) from error
         backend._lanes.give(self._lane)
         return BatchTimes(compute_ns=computed, copy_ns=copied_in + copied_out)
+
+
+def _pieces(batch: Batch) -> list[tuple[int, int]]:
+    """(first slot, how many) of each copy, in the order of the slots."""
+    return runs(tuple(sorted(batch.slots)))
 
 
 def _forget_arrays(error: BaseException | None) -> None:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable
+from importlib.metadata import packages_distributions
 from typing import Any, Final
 
 MIN_DRIVER: Final = {11: "450.80", 12: "525.60", 13: "580.65"}
@@ -22,8 +23,13 @@ _CURES: Final = {
 }
 
 
-PACKAGES = {"torch": "torch", "cupy": "cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"}
+_PACKAGES: Final = {"torch": "torch", "cupy": "cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"}
 """What the extra of that name brings, as pip is told it: right in a checkout and where only the wheel is installed."""
+
+
+def nvrtc_package(cuda: int) -> str:
+    """The wheel of NVRTC for a CUDA major version; NVIDIA's names carry no number from 13 on."""
+    return f"nvidia-cuda-nvrtc-cu{cuda}" if cuda < 13 else f"nvidia-cuda-nvrtc~={cuda}.0"
 
 
 def device_index(device: str | None) -> int | None:
@@ -37,16 +43,18 @@ def dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-def import_problem(module: str, extra: str) -> str | None:
+def import_problem(module: str) -> str | None:
     """Why ``module`` cannot be imported, or None. A missing module is not imported to find that out."""
     if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed: pip install {PACKAGES[extra]}"
+        return f"{module} is not installed: pip install {_PACKAGES[module]}"
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken wheel raises whatever it likes: ImportError, OSError, RuntimeError
+        # by the name it was installed under: cupy has one for each CUDA major version
+        installed = " ".join(packages_distributions().get(module, [])) or _PACKAGES[module]
         return (
             f"{module} is installed but does not import ({type(error).__name__}: {error}): "
-            f"reinstall it with pip install --force-reinstall {PACKAGES[extra]}"
+            f"reinstall it with pip install --force-reinstall {installed}"
         )
     return None
 

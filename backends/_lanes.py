@@ -36,6 +36,7 @@ class Slab:
     handle: Any
     pinned: bool
     why_not: str = ""  # why it is not pinned although it should be
+    unpin: Callable[[], None] | None = None  # where it is not unpinned by being forgotten
 
 
 class SlabArena:
@@ -54,9 +55,11 @@ class SlabArena:
 
     def close(self) -> None:
         if self.slab is not None:
+            slab, self.slab = self.slab, None
             self._bytes.release()
-            self.slab = None
             self._closed(self)
+            if slab.unpin is not None:
+                slab.unpin()
 
 
 @dataclass(slots=True)
@@ -70,9 +73,21 @@ class Lane:
     result: Any = None  # made when a processor first returns an array of its own
 
 
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """What a probe works with: a stream, a few bytes and a mark that no batch touches."""
+
+    stream: Stream
+    memory: Any
+    done: Event
+
+
 @dataclass(slots=True)
 class LanePool:
-    """Idle lanes by frame size and bucket. There are as many lanes as batches were ever in flight together."""
+    """Idle lanes by frame size and bucket. There are as many lanes as batches were ever in flight together.
+
+    Lanes are taken and dropped by the thread that submits, and given back by the one that waits.
+    """
 
     make: Callable[[int, int], Lane]
     _idle: dict[tuple[int, int], list[Lane]] = field(default_factory=dict)
@@ -89,8 +104,9 @@ class LanePool:
 
     def drop(self, nbytes: int | None = None) -> None:
         """Free the idle lanes of one frame size, or all."""
-        for key in [key for key in self._idle if nbytes in (None, key[0])]:
-            del self._idle[key]
+        for key in list(self._idle):  # a copy, made in one step: another thread may give a lane back meanwhile
+            if nbytes in (None, key[0]):
+                self._idle.pop(key, None)
 
 
 def slab_of(arena: Arena) -> Slab:

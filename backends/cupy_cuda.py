@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from ._cupy import CupyLibrary, problem
 from ._device import DeviceBackend
-from ._driver import device_index, dotted, driver_problem, import_problem
+from ._driver import device_index, dotted
 from ._lanes import Event, Slab, Stream
 
 
@@ -20,37 +20,32 @@ class CupyBackend(DeviceBackend):
 
     @classmethod
     def available(cls, device: str | None) -> str | None:
-        index = device_index(device)
-        if index is None:
-            return f"cupy runs on cuda or cuda:N, not on {device!r}; --backend numpy runs on the CPU"
-        if problem := import_problem("cupy", "cupy"):
-            return problem
-        return _cuda_problem(index)
+        return problem(device)
 
-    def _load(self) -> tuple[Any, Any]:
-        """cupy, and its array API namespace."""
-        import array_api_compat.cupy as xp
-        import cupy
+    def _open_library(self) -> CupyLibrary:
+        return CupyLibrary(self.device)
 
-        return cupy, xp
-
-    def _take(self, device: str | None) -> tuple[Any, Any]:
-        self._cupy, xp = self._load()
-        self._runtime = self._cupy.cuda.runtime
-        index = device_index(device)
-        self.device = f"cuda:{index}"
-        self._cupy_device = self._cupy.cuda.Device(index)
-        self._cupy_device.use()  # for this thread, the one that all calls come from
-        return xp, self._cupy_device
+    def _take(self, device: str | None) -> CupyLibrary:
+        self.device = f"cuda:{device_index(device)}"
+        library = self._open_library()
+        self._cupy, self._runtime = library.cupy, library.cupy.cuda.runtime
+        return library
 
     def _facts(self) -> Mapping[str, Any]:
-        if not self.device:
-            return {}
         return {
             "cupy": self._cupy.__version__,
             "cuda": dotted(self._runtime.runtimeGetVersion()),
-            "device_name": self._runtime.getDeviceProperties(self._cupy_device.id)["name"].decode(),
+            "device_name": self._runtime.getDeviceProperties(device_index(self.device))["name"].decode(),
         }
+
+    def _gpu(self) -> Mapping[str, Any] | None:
+        index = device_index(self.device)
+        one = self._runtime.getDeviceProperties(index)
+        return {"index": index, "name": one["name"].decode(), "major": one["major"], "minor": one["minor"]}
+
+    def _memory(self) -> tuple[int, int]:
+        free, total = self._runtime.memGetInfo()
+        return free, total
 
     def _slab(self, nbytes: int) -> Slab:
         try:
@@ -65,20 +60,16 @@ class CupyBackend(DeviceBackend):
     def _empty(self, nbytes: int) -> Any:
         return self._cupy.empty(nbytes, self._cupy.uint8)
 
-    def _stream(self) -> Stream:
-        return self._cupy.cuda.Stream(non_blocking=True)  # type: ignore[no-any-return]
+    def _stream(self, urgent: bool = False) -> Stream:
+        # -1 is a higher priority than 0 on every GPU that has more than one, and CUDA's 0 on the others.
+        return self._cupy.cuda.Stream(non_blocking=True, priority=-1 if urgent else 0)  # type: ignore[no-any-return]
+
+    def _handle(self, stream: Any) -> int:
+        return int(stream.ptr)
 
     def _event(self) -> Event:
         # block: the device thread sleeps while it waits; the cores belong to decoders and encoders.
         return self._cupy.cuda.Event(block=True)  # type: ignore[no-any-return]
-
-    def _on(self, stream: Stream) -> AbstractContextManager[Any]:
-        return self._current(stream)
-
-    @contextmanager
-    def _current(self, stream: Any) -> Iterator[None]:
-        with self._cupy_device, stream:
-            yield
 
     def _upload(self, array: Any, at: int, slab: Slab, start: int, nbytes: int, stream: Any) -> None:
         kind = self._runtime.memcpyHostToDevice
@@ -94,26 +85,8 @@ class CupyBackend(DeviceBackend):
     def _assign(self, target: Any, value: Any) -> None:
         target[...] = value
 
+    def _clear(self, array: Any, stream: Any) -> None:
+        self._runtime.memsetAsync(self._address(array), 0, array.nbytes, stream.ptr)
+
     def _elapsed_ns(self, begin: Event, end: Event) -> float:
         return float(self._cupy.cuda.get_elapsed_time(begin, end)) * 1e6
-
-    def _is_array(self, value: Any) -> bool:
-        return isinstance(value, self._cupy.ndarray)
-
-    def _is_out_of_memory(self, error: BaseException) -> bool:
-        return isinstance(error, self._cupy.cuda.memory.OutOfMemoryError)
-
-    def _free_cached(self) -> None:
-        self._cupy.get_default_memory_pool().free_all_blocks()
-
-
-def _cuda_problem(index: int) -> str | None:
-    from cupy.cuda import nvrtc, runtime
-
-    if problem := driver_problem("cupy", runtime.runtimeGetVersion() // 1000, index):
-        return problem
-    try:
-        nvrtc.getVersion()
-    except RuntimeError as error:
-        return f"cupy finds no NVRTC to compile kernels with ({error}): pip install nvidia-cuda-nvrtc-cu12"
-    return None

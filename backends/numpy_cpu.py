@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from gpu_byoc.backend import Batch, BatchTimes, HostArena, runs
-from gpu_byoc.errors import BackendUnavailable, ProcessorOutput, ProcessorSpoiled
-from gpu_byoc.processor import ArrayProcessor, Kernel, Processor, processor_name
+from gpu_byoc.errors import BackendUnavailable, ProcessorOutput, ProcessorSpoiled, said_by
+from gpu_byoc.processor import ArrayProcessor, Kernel, Processor, kernel_forms, processor_name
 
 
 class _Done:
@@ -48,7 +48,12 @@ class NumpyBackend:
             raise BackendUnavailable(reason)
         if not isinstance(processor, ArrayProcessor):
             raise BackendUnavailable(f"numpy runs ArrayProcessors; {processor_name(processor)} is none")
-        kernel = processor.kernels.get("numpy")
+        if processor.arrays:
+            raise BackendUnavailable(
+                f"{processor_name(processor)} takes {processor.arrays} arrays, numpy has its own only: "
+                "use --backend torch (on the CPU with --device cpu) or --backend cupy"
+            )
+        kernel = next(iter(kernel_forms(processor, "numpy")), None)
         if kernel is None or type(processor).setup is not ArrayProcessor.setup:
             # Only now: it imports all of numpy, which takes longer than the rest of the worker's start.
             self._xp = importlib.import_module("array_api_compat.numpy")
@@ -69,7 +74,8 @@ class NumpyBackend:
                     kernel(frames, frames, batch.params)
             except BaseException as error:  # the processor's own, whatever it is
                 name = processor_name(self._processor)
-                raise ProcessorSpoiled(f"the numpy kernel of {name} raised {error!r}") from error
+                kind = type(error).__name__
+                raise ProcessorSpoiled(f"the numpy kernel of {name} raised {kind}: {said_by(error)}") from error
         else:
             self._generic(batch, self._processor)
         return _Done(BatchTimes(compute_ns=time.perf_counter_ns() - started))

@@ -1,108 +1,99 @@
-"""``python -m benchmarks [--quick] [--soak MINUTES] [--output FILE]``: run, print, and keep the figures as JSON."""
+"""``gpu-byoc bench``: measure this machine, and write what was found as a file, tables, pictures and a page."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import bench_jobs, bench_kernels, bench_live, bench_media, bench_trickle, soak
-from benchmarks.harness import machine
+from gpu_byoc.errors import EXIT_INTERRUPTED, EXIT_USAGE, ConfigError
 
-SCHEMA = 1
+from . import compare, report, runner
+from .harness import Size
+from .registry import GROUPS, Group
 
-GROUPS: dict[str, tuple[str, Callable[[bool], list[dict[str, Any]]]]] = {
-    "kernels": ("green tint, one core, one frame", bench_kernels.run),
-    "jobs": ("a 640x480 frame as a job", bench_jobs.run),
-    "media": ("a live picture, transport stream to transport stream, CPU", bench_media.run),
-    "live": ("live streams, worker and trickle server as processes of their own", bench_live.run),
-    "trickle": ("trickle fan-out, against the same bytes over bare sockets", bench_trickle.run),
-}
+OUT = Path("bench-out")
+UNASKED = "only when asked for, because it installs other servers: gpu-byoc bench --peers"
+ALSO = """\
+also:
+  gpu-byoc bench compare A.json B.json [--fail-under R] [--figures NAMES] [--different-machines]
+  gpu-byoc bench report FILE.json [--output FOLDER] [--readme README.md]
+"""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, for a look")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="jobs for so long, and whether memory stays flat")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    parser.add_argument(
-        "--only", default="kernels,jobs", help=f"comma list of {', '.join(GROUPS)}, or all (default: %(default)s)"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when every row that this machine can run was measured. OperatorError is for the caller."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {"compare": compare.main, "report": report.main}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return _measure(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = ", ".join(each.name for each in GROUPS)
+    parser = argparse.ArgumentParser(
+        prog="gpu-byoc bench",
+        description="Measure what this machine can run; the rest is skipped by name and reason.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=ALSO,
     )
-    given = parser.parse_args()
-    wanted = list(GROUPS) if given.only == "all" else given.only.split(",")
-    if unknown := [name for name in wanted if name not in GROUPS]:
-        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(GROUPS)}")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    began = time.time()
-    report: dict[str, Any] = {"schema": SCHEMA, "machine": machine(), "unix_time": int(began), "quick": given.quick}
-    failed = False
-    if given.soak:
-        with console.status(f"soak, {given.soak:g} minutes"):
-            report["soak"] = soak.run(given.soak * 60)
-        console.print(report["soak"])
-        failed = not report["soak"]["flat"]
-    else:
-        for name in wanted:
-            title, run = GROUPS[name]
-            with console.status(title):
-                report[name] = run(given.quick)
-            _print(console, title, report[name])
-    report["seconds"] = round(time.time() - began, 1)
-    console.print(f"{report['machine']['cpu']}, {report['machine']['cores']} cores, no GPU used; {report['seconds']} s")
-    if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(json.dumps(report, indent=1) + "\n")
-        console.print(f"written to {given.output}")
-    return int(failed)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter windows: a look, under two minutes")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # sees that it runs; no figures to keep
+    parser.add_argument("--only", metavar="GROUPS", help=f"comma list of {names}")
+    parser.add_argument("--peers", action="store_true", help="other servers too, each installed in a venv of its own")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=OUT,
+        help="folder for everything, or FILE.json for that alone (default: %(default)s)",
+    )
+    return parser
 
 
-HEADS = {
-    "size": "size",
-    "what": "what",
-    "us": "us",
-    "times_memcpy": "x memcpy",
-    "target": "target",
-    "connections": "conn.",
-    "p50_us": "p50 us",
-    "p99_us": "p99 us",
-    "jobs_per_second": "jobs/s",
-    "p50_ratio": "p50 x echo",
-    "p99_ratio": "p99 x echo",
-    "rate_ratio": "jobs/s x echo",
-    "cpu_ms": "CPU ms",
-    "times_floor": "x floor",
-    "pictures": "pictures",
-    "readers": "readers",
-    "floor_mb_per_s": "floor MB/s",
-    "trickle_mb_per_s": "trickle MB/s",
-    "of_floor": "of floor",
-    "cpu_ms_per_mb": "CPU ms/MB",
-}
+def _chosen(given: argparse.Namespace) -> tuple[list[Group], dict[str, str]]:
+    """Those asked for, else all; and why some of these are left out.
+
+    Raises:
+        ConfigError: a name that is none.
+    """
+    peers = [each.name for each in GROUPS if each.asked]
+    asked = given.only.split(",") if given.only else [each.name for each in GROUPS]
+    left_out = {} if given.only or given.peers else dict.fromkeys(peers, UNASKED)
+    asked += peers if given.peers else []
+    if unknown := [name for name in asked if name not in {each.name for each in GROUPS}]:
+        raise ConfigError(f"no benchmark {', '.join(unknown)}; there are {', '.join(each.name for each in GROUPS)}")
+    return [each for each in GROUPS if each.name in asked], left_out
 
 
-def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=title)
-    keys = {key for row in rows for key in row}
-    shown = [name for name in HEADS if name in keys]
-    for name in shown:
-        table.add_column(HEADS[name], justify="left" if isinstance(rows[0].get(name), str) else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_cell(row.get(name, "")) for name in shown))
-    console.print(table)
+def _measure(arguments: Sequence[str]) -> int:
+    given = _parser().parse_args(arguments)
+    groups, left_out = _chosen(given)
+    report.check(given.output)
+    size = Size.TINY if given.tiny else Size.QUICK if given.quick else Size.FULL
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    with runner.bars(console, groups) as progress:
+        watch: runner.Watch = runner.Bars(progress, groups) if progress else runner.Quiet()
+        result = runner.measure(groups, size, watch, left_out)
+    report.show(console, result)
+    for path in report.write(result, given.output):
+        console.print(f"written: {path}", soft_wrap=True)
+    return int(_failed(result))
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
-    return str(value)
+def _failed(result: dict[str, Any]) -> bool:
+    return any("failed" in row for group in result["groups"].values() for row in group["rows"])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except ConfigError as error:
+        print(f"gpu-byoc bench: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None

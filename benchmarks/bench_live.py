@@ -7,7 +7,8 @@ are handed to the connection and ends with the last byte of the output's picture
 
 CPU is the worker process's alone, from the first picture out to the last. The floor is decode + yuv420p to rgb24 + back
 + encode over the same pictures at the same settings in one thread, measured right before and right after.
-A row also says how many cores something else kept busy meanwhile.
+Rows of real time also have the same work picture by picture at the stream's rate: that much of what they cost over the
+floor is cold caches, and that much of their p99 is keyframes. A row also says how many cores something else kept busy.
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ from av.video.reformatter import VideoReformatter
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bench_media import CLIP, RATE, SIZES, WORKS, Material
-from benchmarks.harness import machine, rss
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.local import streamclip, streamrig
 from gpu_byoc.local.children import Children
@@ -42,14 +41,16 @@ from gpu_byoc.media.demux import Demuxer, Picture
 from gpu_byoc.media.encode import CodedPicture
 from gpu_byoc.media.mux import Segmenter
 
+from .bench_media import CLIP, RATE, SIZES, WORKS, Material, chain
+from .harness import Sheet, Size
+from .load import rss
+from .machine import machine
+
 ROUNDS: Final = 3  # of the clip in the file: 396 frames, so that a run of ten seconds is not one scene twice
 GOP: Final = 2 * RATE
 STREAMS: Final = (1, 2, 4, 8)
 FLOOR_FRAMES: Final = 100
-NOT_RUN: Final = (
-    ("pytrickle, the peer", "needs an environment of its own with torch and a trickle server that it knows"),
-    ("a GPU (h264_nvenc, cupy, torch)", "these figures are of the numpy backend and libx264; run it on a GPU machine"),
-)
+NOT_RUN: Final = (("streams on a GPU", "these rows are of numpy and libx264; capacity plays them on every backend"),)
 
 
 def make_clip(target: Path, width: int, height: int, rounds: int = ROUNDS) -> None:
@@ -104,6 +105,18 @@ class Floor:
         frames = [each.picture for each in events if isinstance(each, Frame)]
         self._material = Material(spec, stream, pictures, frames, memoryview(bytearray(spec.nbytes)), coded)
         self._parts = [work for name, work in WORKS.items() if name.startswith("floor")]
+
+    def paced(self) -> dict[str, float]:
+        """The same work picture by picture, at the stream's rate and in one thread: what waiting between pictures costs
+        by itself (caches grow cold meanwhile), and how much longer keyframes take, before there is a worker at all."""
+        began = time.process_time()
+        took = chain(self._material, RATE)
+        spent = time.process_time() - began
+        return {
+            "paced_floor_ms": spent / len(took) * 1e3,
+            "paced_p50_ms": quantile(took, 0.5) * 1e3,
+            "paced_p99_ms": quantile(took, 0.99) * 1e3,
+        }
 
     def measure(self) -> float:
         began = time.process_time()
@@ -168,6 +181,10 @@ def _row(what: str, size: str, floor: Floor, plan: Plan, streams: int) -> dict[s
         "frames_per_second": play.rate,
         "floor_ms": base,
         "cpu_ms": play.cpu_per_frame * 1e3,
+        "cpu_seconds_per_million_frames": play.cpu_per_frame * 1e6,
+        "compute_seconds_per_million_frames": sum(each.compute_seconds for each in play.figures)
+        / play.frames_out
+        * 1e6,
         "times_floor": play.cpu_per_frame * 1e3 / base,
         "cores": play.cpu_seconds / play.seconds,
         "others_cores": busy,
@@ -178,25 +195,28 @@ def _row(what: str, size: str, floor: Floor, plan: Plan, streams: int) -> dict[s
     }
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
+def run(sheet: Sheet) -> None:
     """A row for each run; after them one for each thing that was not run, with the reason."""
-    rows = []
+    streams, sizes = sheet.size.pick((1,), (1,), STREAMS), sheet.size.pick(SIZES[:1], SIZES[:1], SIZES)
+    seconds = sheet.size.pick(1.0, 3.0, 10.0)
+    sheet.expect(len(streams) + 2 * len(sizes) - 1 + len(NOT_RUN))
     with tempfile.TemporaryDirectory() as directory:
-        for width, height in SIZES:
+        for width, height in sizes:
             size = f"{width}x{height}"
             path = Path(directory) / f"{size}.mp4"
-            make_clip(path, width, height, 1 if quick else ROUNDS)
+            make_clip(path, width, height, sheet.size.pick(1, 1, ROUNDS))
             clip = streamclip.load(path)
             floor = Floor(clip, FrameSpec(width, height))
             floor.measure()  # once for the caches
-            seconds = 4.0 if quick else 10.0
-            if (width, height) == SIZES[0]:
-                for streams in STREAMS:
-                    rows.append(_row("real time", size, floor, Plan(clip, True, seconds), streams))
-            else:
-                rows.append(_row("real time", size, floor, Plan(clip, True, seconds), 1))
-            rows.append(_row("flood", size, floor, Plan(clip, False, 2 * seconds), 1))
-    return rows + [{"what": what, "not_run": reason} for what, reason in NOT_RUN]
+            paced = floor.paced()
+            for count in streams if (width, height) == SIZES[0] else (1,):
+                name = f"{size}, real time, {count} stream" + "s" * (count > 1)
+                sheet.doing(name)
+                sheet.row(name, **(_row("real time", size, floor, Plan(clip, True, seconds), count) | paced))
+            sheet.doing(f"{size}, flood")
+            sheet.row(f"{size}, flood", **_row("flood", size, floor, Plan(clip, False, 2 * seconds), 1))
+    for what, reason in NOT_RUN:
+        sheet.skip(what, reason)
 
 
 HEADS: Final = {
@@ -224,12 +244,12 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     for head in HEADS.values():
         table.add_column(head, justify="left" if head in ("size", "what") else "right", no_wrap=True)
     for row in rows:
-        if "not_run" not in row:
+        if "skipped" not in row:
             table.add_row(*(f"{row[name]:.1f}" if isinstance(row[name], float) else str(row[name]) for name in HEADS))
     console.print(table)
     for row in rows:
-        if "not_run" in row:
-            console.print(f"not run: {row['what']}: {row['not_run']}")
+        if "skipped" in row:
+            console.print(f"not run: {row['name']}: {row['skipped']}")
 
 
 def main() -> int:
@@ -239,7 +259,9 @@ def main() -> int:
     given = parser.parse_args()
     began = time.time()
     console = Console(width=170, highlight=False)
-    rows = run(given.quick)
+    sheet = Sheet(Size.QUICK if given.quick else Size.FULL)
+    run(sheet)
+    rows = sheet.rows
     show(console, rows)
     if given.output:
         report = {"machine": machine(), "unix_time": int(began), "quick": given.quick, "live": rows}

@@ -24,13 +24,14 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
 import gpu_byoc.local
-from benchmarks.harness import percentile
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.media.decode import Frame, StreamReader, VideoDecoder
 from gpu_byoc.media.demux import Demuxer, Picture
 from gpu_byoc.media.encode import CodedPicture, Encoder
 from gpu_byoc.media.mux import Segmenter
 from gpu_byoc.media.planes import FromSlot, ToSlot
+
+from .harness import Sheet, Size, agreed, percentile, spread
 
 CLIP: Final = Path(gpu_byoc.local.__file__).parent / "clip" / "bigbuckbunny.mp4"
 SIZES: Final = ((704, 384), (1280, 720))
@@ -97,15 +98,41 @@ def to_yuv_floor(m: Material, interpolation: Interpolation = Interpolation.POINT
         converter.reformat(frame, format="yuv420p", interpolation=interpolation, threads=1)
 
 
-def encode_floor(m: Material) -> None:
+def _encoder(m: Material) -> Any:
     context: Any = av.CodecContext.create("libx264", "w")
     context.width, context.height, context.pix_fmt = m.spec.width, m.spec.height, "yuv420p"
     context.time_base, context.framerate, context.thread_count = Fraction(1, RATE), Fraction(RATE), 1
     context.gop_size, context.options = 2 * RATE, {"preset": "superfast", "tune": "zerolatency"}
+    return context
+
+
+def encode_floor(m: Material) -> None:
+    context = _encoder(m)
     for number, frame in enumerate(m.frames):
         frame.pts, frame.time_base = number, Fraction(1, RATE)
         context.encode(frame)
     context.encode(None)
+
+
+def chain(m: Material, rate: int | None = None) -> list[float]:
+    """The floor's four parts picture by picture in one thread, as a stream needs them; ``rate`` pictures a second, or
+    one after the other. Answers the seconds that each picture took by the clock."""
+    decoder, encoder = VideoCodecContext.create("h264", "r"), _encoder(m)
+    decoder.thread_count = 1
+    to_rgb, to_yuv = VideoReformatter(), VideoReformatter()
+    began, took = time.monotonic(), []
+    for number, picture in enumerate(m.pictures):
+        if rate is not None:
+            time.sleep(max(0.0, began + number / rate - time.monotonic()))
+        start = time.monotonic()
+        packet: av.Packet[Any] = av.Packet(picture.data)  # type: ignore[arg-type]
+        for frame in decoder.decode(packet):
+            packed = to_rgb.reformat(frame, format="rgb24", threads=1)
+            planes = to_yuv.reformat(packed, format="yuv420p", interpolation=Interpolation.POINT, threads=1)
+            planes.pts, planes.time_base = number, Fraction(1, RATE)
+            encoder.encode(planes)
+        took.append(time.monotonic() - start)
+    return took
 
 
 def blocks(m: Material) -> None:
@@ -178,7 +205,7 @@ def ffmpeg_mux(m: Material) -> None:
             out.mux(packet)
 
 
-WORKS: Final[dict[str, Callable[[Material], None]]] = {
+WORKS: Final[dict[str, Callable[[Material], object]]] = {
     "floor: decode": decode_floor,
     "floor: to rgb24": to_rgb_floor,
     "floor: to yuv420p": to_yuv_floor,
@@ -190,6 +217,7 @@ WORKS: Final[dict[str, Callable[[Material], None]]] = {
     "blocks: from a slot": our_from_slot,
     "blocks: encode": our_encode,
     "blocks: mux": our_mux,
+    "weighed: the floor, picture by picture": chain,
     "weighed: to_ndarray, then a copy": ndarray_copy,
     "weighed: exact rgb24": exact_rgb,
     "weighed: bilinear yuv420p": lambda m: to_yuv_floor(m, Interpolation.BILINEAR),
@@ -208,35 +236,45 @@ def held_back(m: Material, threads: str, count: int) -> int:
     return len(m.pictures)
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
+def run(sheet: Sheet) -> None:
     """Milliseconds of CPU a frame, and for our blocks their ratio to the floor's sum in the same round."""
-    rows: list[dict[str, Any]] = []
-    for width, height in SIZES:
-        m = material(width, height, 30 if quick else 125)
-        our_to_slot(m)
-        times: dict[str, list[float]] = {name: [] for name in WORKS}
-        for _ in range(2 if quick else ROUNDS):
-            for name, work in WORKS.items():
-                began = time.process_time()
-                work(m)
-                times[name].append((time.process_time() - began) / len(m.frames) * 1e3)
-        floor = [sum(each) for each in zip(*(times[n] for n in WORKS if n.startswith("floor")), strict=True)]
-        for name, each in {"floor: sum": floor, **times}.items():
-            ratio = percentile([a / b for a, b in zip(each, floor, strict=True)], 0.5)
-            rows.append(
-                {"size": f"{width}x{height}", "what": name, "cpu_ms": percentile(each, 0.5), "times_floor": ratio}
-            )
-        for threads in ("SLICE", "FRAME"):
-            rows.append(
-                {
-                    "size": f"{width}x{height}",
-                    "what": f"2 {threads} threads: held",
-                    "pictures": held_back(m, threads, 2),
-                }
-            )
-    return rows
+    sizes = sheet.size.pick(SIZES[:1], SIZES[:1], SIZES)
+    sheet.expect(len(sizes) * (len(WORKS) + 3))
+    sheet.settings(threads="one", encoder="libx264 superfast zerolatency, 2 s GOP", clip=CLIP.name)
+    for width, height in sizes:
+        _one_size(sheet, width, height)
+
+
+def _one_size(sheet: Sheet, width: int, height: int) -> None:
+    size = f"{width}x{height}"
+    m = material(width, height, sheet.size.pick(5, 30, 125))
+    our_to_slot(m)
+    times: dict[str, list[float]] = {name: [] for name in WORKS}
+    for _ in range(sheet.size.pick(1, 3, ROUNDS)):
+        for name, work in WORKS.items():
+            sheet.doing(f"{size}, {name}")
+            began = time.process_time()
+            work(m)
+            times[name].append((time.process_time() - began) / len(m.frames) * 1e3)
+    floor = [sum(each) for each in zip(*(times[n] for n in WORKS if n.startswith("floor")), strict=True)]
+    for name, each in {"floor: sum": floor, **times}.items():
+        sheet.row(
+            f"{size}, {name}",
+            size=size,
+            what=name,
+            cpu_ms=percentile(each, 0.5),
+            cpu_seconds_per_million_frames=percentile(each, 0.5) * 1e3,
+            times_floor=percentile([a / b for a, b in zip(each, floor, strict=True)], 0.5),
+            spread=spread(each),
+            unstable=True if agreed(each) is None else None,
+        )
+    for threads in ("SLICE", "FRAME"):
+        what = f"2 {threads} threads: held"
+        sheet.row(f"{size}, {what}", size=size, what=what, pictures=held_back(m, threads, 2))
 
 
 if __name__ == "__main__":
-    for row in run(quick=False):
+    sheet = Sheet(Size.FULL)
+    run(sheet)
+    for row in sheet.rows:
         print("  ".join(f"{value:.3f}" if isinstance(value, float) else f"{value!s:32}" for value in row.values()))

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import random
 import selectors
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import psutil
-
-from benchmarks.harness import free_port, percentile, process
+from .harness import Sheet, Window, marks, percentile, together
+from .load import cpu_of, free_port, process
 
 FANOUT = (1, 8, 64)
 CHUNK = 64 << 10
@@ -58,7 +58,8 @@ class Target:
 
     name: str
     port: int
-    pid: int
+    used: Callable[[], float]
+    """CPU seconds that the server has used so far."""
     seq: int = 0
 
     def connect(self) -> socket.socket:
@@ -94,20 +95,15 @@ class Target:
             self.seq += 1
         sock.close()
 
-    def cpu(self) -> float:
-        """CPU seconds that the server has used so far."""
-        times = psutil.Process(self.pid).cpu_times()
-        return float(times.user + times.system)
-
 
 @contextlib.contextmanager
 def _targets() -> Iterator[tuple[Target, Target]]:
     ports = free_port(), free_port()
     with (
-        process("-m", "benchmarks.bench_trickle", str(ports[0])) as bare,
+        process("-m", f"{__package__}.bench_trickle", str(ports[0])) as bare,
         process("-c", _TRICKLE, "--port", str(ports[1]), "--autocreate", "--max-channel-mb", "512") as trickle,
     ):
-        floor_, ours = Target("floor", ports[0], bare.pid), Target("trickle", ports[1], trickle.pid)
+        floor_, ours = Target("floor", ports[0], cpu_of(bare.pid)), Target("trickle", ports[1], cpu_of(trickle.pid))
         for target in (floor_, ours):
             _until_it_listens(target)
         sock = ours.publisher()  # creates the channel
@@ -148,24 +144,24 @@ def _drain(socks: list[socket.socket], size: int) -> None:
         raise RuntimeError(f"a reader got {min(got.values())} of {size} bytes")
 
 
-def _flood(target: Target, readers: int, size: int) -> tuple[float, float]:
-    """Seconds from the first byte sent to the last one received, and the server's CPU seconds."""
+def _flood(target: Target, readers: int, size: int) -> Window:
+    """From the first byte sent to the last one received: one operation. CPU is the server's."""
     socks = [target.reader() for _ in range(readers)]
     sock = target.publisher()
-    frame = target.frame(bytes(CHUNK))
+    frame = target.frame(random.Random(1).randbytes(CHUNK))
 
     def publish() -> None:
         for _ in range(size // CHUNK):
             sock.sendall(frame)
         target.end(sock)
 
-    cpu, began = target.cpu(), time.perf_counter()
+    used, began = target.used(), time.perf_counter()
     thread = threading.Thread(target=publish)
     thread.start()
     _drain(socks, size)
     spent = time.perf_counter() - began
     thread.join()
-    return spent, target.cpu() - cpu
+    return Window((spent,), spent, target.used() - used)
 
 
 def _pings(target: Target, readers: int, count: int) -> list[float]:
@@ -190,33 +186,41 @@ def _pings(target: Target, readers: int, count: int) -> list[float]:
     return times
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
+def run(sheet: Sheet) -> None:
     """Rounds of floor and trickle in turn; ratios are medians over the rounds."""
-    rows = []
+    fanout = sheet.size.pick(FANOUT[:1], FANOUT, FANOUT)
+    sheet.expect(len(fanout))
+    sheet.settings(
+        trickle="gpu-byoc trickle, chunked POST, one GET a reader",
+        floor="a bare asyncio process that writes what it reads to every reader",
+        client="this process: one thread publishes, one reads",
+    )
     with _targets() as targets:
-        for readers in FANOUT:
-            size = max(1 << 20, (4 if quick else 32) * (1 << 20) // max(1, readers // 8))
-            floods: dict[str, list[tuple[float, float]]] = {target.name: [] for target in targets}
-            pings: dict[str, list[float]] = {target.name: [] for target in targets}
-            for _ in range(3 if quick else 9):
-                for target in targets:
-                    floods[target.name].append(_flood(target, readers, size))
-                    pings[target.name] += _pings(target, readers, 20 if quick else 60)
-            pairs = list(zip(floods["floor"], floods["trickle"], strict=True))
-            total = size * readers / 1e6
-            rows.append(
-                {
-                    "readers": readers,
-                    "floor_mb_per_s": total / percentile([spent for spent, _ in floods["floor"]], 0.5),
-                    "trickle_mb_per_s": total / percentile([spent for spent, _ in floods["trickle"]], 0.5),
-                    "of_floor": percentile([bare[0] / ours[0] for bare, ours in pairs], 0.5),
-                    "floor_ms_p50": percentile(pings["floor"], 0.5) * 1e3,
-                    "trickle_ms_p50": percentile(pings["trickle"], 0.5) * 1e3,
-                    "trickle_ms_p99": percentile(pings["trickle"], 0.99) * 1e3,
-                    "cpu_ms_per_mb": percentile([cpu for _, cpu in floods["trickle"]], 0.5) * 1e3 / total,
-                }
-            )
-    return rows
+        for readers in fanout:
+            sheet.doing(f"{readers} readers")
+            _fan_out(sheet, targets, readers)
+
+
+def _fan_out(sheet: Sheet, targets: tuple[Target, Target], readers: int) -> None:
+    size = max(1 << 20, sheet.size.pick(1, 4, 32) * (1 << 20) // max(1, readers // 8))
+    measured = together({each.name: functools.partial(_flood, each, readers, size) for each in targets}, sheet.size)
+    pings: dict[str, list[float]] = {target.name: [] for target in targets}
+    for _ in range(sheet.size.pick(1, 3, 9)):
+        for target in targets:
+            pings[target.name] += _pings(target, readers, sheet.size.pick(3, 20, 60))
+    floor, ours, total = measured["floor"], measured["trickle"], size * readers / 1e6
+    sheet.row(
+        f"{readers} reader" + "s" * (readers > 1),
+        readers=readers,
+        trickle_mb_per_s=total / ours.p50,
+        floor_mb_per_s=total / floor.p50,
+        of_floor=1 / ours.ratio(floor),
+        trickle_p50_ms=percentile(pings["trickle"], 0.5) * 1e3,
+        trickle_p99_ms=percentile(pings["trickle"], 0.99) * 1e3,
+        floor_p50_ms=percentile(pings["floor"], 0.5) * 1e3,
+        cpu_ms_per_mb=ours.cpu * 1e3 / total,
+        **marks(floor, ours),
+    )
 
 
 if __name__ == "__main__":

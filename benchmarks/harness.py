@@ -1,183 +1,286 @@
-"""What every benchmark needs: a load client that costs little, percentiles, processes, facts about the machine."""
+"""How a benchmark measures, and how it hands in what it found.
+
+A group is one function and one line in ``registry.py``::
+
+    def run(sheet: Sheet) -> None:
+        sheet.expect(2)                      # rows to come, for the progress bar; more or fewer do no harm
+        sheet.settings(slots=32, band=BAND)  # what a reader needs to judge the rows
+        measured = stable(lambda: kernel(frame), sheet.size)
+        sheet.row("numpy, 640x480", measured, backend="numpy", size="640x480", gb_per_s=2 * SIZE / measured.p50 / 1e9)
+        sheet.skip("cupy, 640x480", "cupy is not installed: pip install '.[cupy]'")
+
+A row is flat: strings and whole numbers that say what was measured, and figures whose names are in ``metrics.py``.
+Names are unique within a group, and stay: ``compare`` pairs rows by them. Work that runs on a device has to wait for
+the device before it returns. Inputs are random, outputs are checked outside the timed part: ``sheet.fail`` says which
+were wrong.
+
+Windows are repeated until three in a row agree within a band, as NVIDIA's perf_analyzer does; their number is bounded,
+and what never agrees is marked unstable.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import platform
-import socket
-import subprocess
-import sys
-import threading
+import enum
+import math
+import statistics
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+
+AGREE: Final = 3
+"""Windows in a row that have to agree; perf_analyzer's number."""
+
+BAND: Final = 0.10
+"""How far apart their medians may be, as a part of the largest; perf_analyzer's default stability percentage."""
+
+
+class Size(enum.Enum):
+    """How much is measured: ``FULL`` for figures to keep, ``QUICK`` for a look, ``TINY`` to see that it runs."""
+
+    TINY = "tiny"
+    QUICK = "quick"
+    FULL = "full"
+
+    @property
+    def window(self) -> float:
+        """Seconds of a window of calls."""
+        return {Size.TINY: 0.001, Size.QUICK: 0.02, Size.FULL: 0.15}[self]
+
+    @property
+    def most(self) -> int:
+        """Windows after which a measurement counts as unstable."""
+        return {Size.TINY: 3, Size.QUICK: 6, Size.FULL: 20}[self]
+
+    def pick(self, tiny: T, quick: T, full: T) -> T:
+        return {Size.TINY: tiny, Size.QUICK: quick, Size.FULL: full}[self]
 
 
 def percentile(values: Sequence[float], q: float) -> float:
     """The ``q``-quantile (0..1) of ``values`` by the nearest-rank rule."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, round(q * len(ordered) + 0.5) - 1))]
+    if not values:
+        raise ValueError("no values, no percentile")
+    return sorted(values)[max(0, math.ceil(q * len(values) - 1e-9) - 1)]
+
+
+def spread(medians: Sequence[float]) -> float:
+    """How far apart the figures are, as a part of the largest: 0 where they are equal, never above 1."""
+    return (max(medians) - min(medians)) / (max(medians) or 1)
+
+
+def agreed(medians: Sequence[float], band: float = BAND) -> int | None:
+    """Where the first three windows in a row begin that agree within ``band``; None where none do."""
+    for first in range(len(medians) - AGREE + 1):
+        if spread(medians[first : first + AGREE]) <= band:
+            return first
+    return None
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What one target did: seconds per job, and jobs per second over all connections."""
+class Window:
+    """One window: seconds of each operation, and the seconds of wall clock and of CPU that all of them took.
 
-    seconds: tuple[float, ...]
-    rate: float
-
-
-class Connection:
-    """One keep-alive HTTP/1.1 connection on a blocking socket: the cheapest client Python allows.
-
-    Answers need a Content-Length. The answer's body stays in ``body`` until the next job.
+    ``refused`` operations were turned away for want of room, and are in none of the others. ``tally`` is what else its
+    maker knows of it.
     """
 
-    def __init__(self, port: int, path: str, headers: dict[str, str], payload: bytes) -> None:
-        lines = [f"POST {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", f"Content-Length: {len(payload)}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self._request = ("\r\n".join(lines) + "\r\n\r\n").encode() + payload
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._buffer = bytearray(len(payload) + 65536)
-        self.body = memoryview(b"")
+    seconds: tuple[float, ...]
+    wall: float
+    cpu: float
+    refused: int = 0
+    tally: Any = None
 
-    def job(self) -> int:
-        """Send the request, receive the whole answer; returns the HTTP status."""
-        self._socket.sendall(self._request)
-        view, got = memoryview(self._buffer), 0
-        while (end := self._buffer.find(b"\r\n\r\n", 0, got)) < 0:
-            got += self._receive(view[got:])
-        head = bytes(view[:end]).decode("latin-1").split("\r\n")
-        length = next(int(line.split(":")[1]) for line in head if line.lower().startswith("content-length:"))
-        start = end + 4
-        while got < start + length:
-            got += self._receive(view[got:])
-        self.body = view[start : start + length]
-        return int(head[0].split()[1])
+    @property
+    def median(self) -> float:
+        return percentile(self.seconds, 0.5)
 
-    def _receive(self, room: memoryview) -> int:
-        count = self._socket.recv_into(room)
-        if not count:
-            raise ConnectionError("the server closed the connection in the middle of an answer")
-        return count
-
-    def close(self) -> None:
-        self._socket.close()
+    @property
+    def rate(self) -> float:
+        """Operations a second."""
+        return len(self.seconds) / self.wall
 
 
-def measure(connections: Sequence[Connection], jobs: int) -> Load:
-    """``jobs`` jobs on each connection at once, one thread each. Any status but 200 is an error."""
-    times: list[list[float]] = [[] for _ in connections]
-    failures: list[BaseException] = []
-    gate = threading.Barrier(len(connections) + 1)
+@dataclass(frozen=True, slots=True)
+class Stable:
+    """What a measurement came to: the windows that agreed or, where none did, all of them and ``stable`` False."""
 
-    def drive(connection: Connection, into: list[float]) -> None:
-        try:
-            gate.wait()
-            for _ in range(jobs):
-                began = time.perf_counter()
-                status = connection.job()
-                into.append(time.perf_counter() - began)
-                if status != 200:
-                    raise RuntimeError(f"HTTP {status}: {bytes(connection.body)[:200]!r}")
-        except BaseException as error:  # raised again by the caller, who joins this thread
-            failures.append(error)
+    windows: tuple[Window, ...]
+    """Those that count."""
+    rounds: tuple[float, ...]
+    """The medians of all windows, in the order they were taken."""
+    stable: bool
 
-    threads = [threading.Thread(target=drive, args=pair) for pair in zip(connections, times, strict=True)]
-    for thread in threads:
-        thread.start()
-    gate.wait()
-    began = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    spent = time.perf_counter() - began
-    if failures:
-        raise failures[0]
-    return Load(tuple(t for each in times for t in each), len(connections) * jobs / spent)
+    @property
+    def p50(self) -> float:
+        """Seconds."""
+        return self.quantile(0.5)
 
+    @property
+    def p99(self) -> float:
+        return self.quantile(0.99)
 
-@contextlib.contextmanager
-def process(*arguments: str, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python process for the time of the block, ended with SIGTERM and then, after ten seconds, SIGKILL."""
-    out = log.open("wb") if log else subprocess.DEVNULL
-    child = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT)
-    try:
-        yield child
-    finally:
-        child.terminate()
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-        if log:
-            out.close()  # type: ignore[union-attr]
+    def quantile(self, q: float) -> float:
+        return percentile([each for window in self.windows for each in window.seconds], q)
 
+    @property
+    def operations(self) -> int:
+        return sum(len(window.seconds) for window in self.windows)
 
-def wait_until_ready(url: str, child: subprocess.Popen[bytes], seconds: float = 30) -> float:
-    """Seconds until ``url`` answers 200."""
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        if child.poll() is not None:
-            raise RuntimeError(f"{child.args!r} ended with {child.returncode}")
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                if answer.status == 200:
-                    return time.perf_counter() - began
-        except OSError:
-            time.sleep(0.005)
-    raise TimeoutError(f"{url} did not answer within {seconds} s")
+    @property
+    def refused(self) -> int:
+        return sum(window.refused for window in self.windows)
+
+    @property
+    def rate(self) -> float:
+        """Operations a second over all windows."""
+        return self.operations / sum(window.wall for window in self.windows)
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds an operation."""
+        return sum(window.cpu for window in self.windows) / self.operations
+
+    @property
+    def spread(self) -> float:
+        """Of the medians of the windows that count."""
+        return spread([window.median for window in self.windows])
+
+    def ratio(self, floor: Stable) -> float:
+        """How many times as long as ``floor``: the median over the rounds in which both were measured in turn."""
+        pairs = zip(self.rounds, floor.rounds, strict=False)
+        return statistics.median([ours / theirs for ours, theirs in pairs])
+
+    def figures(self, frames: int = 1) -> dict[str, Any]:
+        """Columns of a row, ``frames`` being those of one operation."""
+        return {
+            "p50_us": self.p50 * 1e6,
+            "p99_us": self.p99 * 1e6,
+            "cpu_seconds_per_million_frames": self.cpu / frames * 1e6,
+            **marks(self),
+        }
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def rss(pid: int) -> int:
-    """Resident bytes of a process now."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise ProcessLookupError(pid)
-
-
-def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
-    from importlib.metadata import version
-
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
+def marks(*measured: Stable) -> dict[str, Any]:
+    """What a row says about how far to believe it, when its figures come from all of these."""
+    sure = all(each.stable for each in measured)
     return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": None,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("gpu-byoc", "numpy", "aiohttp")},
-        "commit": _commit(),
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "spread": max(each.spread for each in measured),
+        "windows": max(len(each.rounds) for each in measured),
+        **({} if sure else {"unstable": True}),
     }
 
 
-def _commit() -> str:
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return described.stdout.strip()
+def calls(
+    work: Callable[[], object], seconds: float, cpu: Callable[[], float] = time.process_time
+) -> Callable[[], Window]:
+    """Windows in which ``work`` is called again and again for about ``seconds``, each call timed; three at least."""
+
+    def window() -> Window:
+        times: list[float] = []
+        used, began = cpu(), time.perf_counter()
+        now = began
+        while now - began < seconds or len(times) < 3:
+            work()
+            after = time.perf_counter()
+            times.append(after - now)
+            now = after
+        return Window(tuple(times), now - began, cpu() - used)
+
+    return window
+
+
+def together(
+    windows: Mapping[str, Callable[[], Window]], size: Size = Size.FULL, *, band: float = BAND, most: int | None = None
+) -> dict[str, Stable]:
+    """One window of each in turn, round after round, until each has agreed: a slow moment then hits all of them.
+
+    The first round warms up and does not count. ``most`` rounds at the most.
+    """
+    taken: dict[str, list[Window]] = {name: [] for name in windows}
+    for window in windows.values():
+        window()
+    for _ in range(max(AGREE, most or size.most)):
+        for name, window in windows.items():
+            taken[name].append(window())
+        if all(agreed([each.median for each in those], band) is not None for those in taken.values()):
+            break
+    return {name: _verdict(those, band) for name, those in taken.items()}
+
+
+def _verdict(taken: Sequence[Window], band: float) -> Stable:
+    rounds = tuple(each.median for each in taken)
+    first = agreed(rounds, band)
+    if first is None:
+        return Stable(tuple(taken), rounds, stable=False)
+    return Stable(tuple(taken[first : first + AGREE]), rounds, stable=True)
+
+
+def settle(
+    window: Callable[[], Window], size: Size = Size.FULL, *, band: float = BAND, most: int | None = None
+) -> Stable:
+    """``together`` with one: for work that makes its own windows, such as a load on a server."""
+    return together({"": window}, size, band=band, most=most)[""]
+
+
+def stable(
+    work: Callable[[], object],
+    size: Size = Size.FULL,
+    *,
+    seconds: float | None = None,
+    band: float = BAND,
+    cpu: Callable[[], float] = time.process_time,
+) -> Stable:
+    """Seconds of one call of ``work``, from windows of about ``seconds`` each."""
+    return settle(calls(work, seconds or size.window, cpu), size, band=band)
+
+
+class Skip(Exception):
+    """Raised by a group that this machine cannot run at all; the text is the reason and what to do about it."""
+
+
+class Sheet:
+    """What a group writes its rows on. ``moved`` is told of each row, for the progress bar."""
+
+    def __init__(self, size: Size, moved: Callable[[Sheet], None] = lambda sheet: None) -> None:
+        self.size = size
+        self.rows: list[dict[str, Any]] = []
+        self.notes: dict[str, Any] = {}
+        self.expected = 0
+        self.now = ""
+        """What is being measured."""
+        self._moved = moved
+
+    def expect(self, rows: int) -> None:
+        """``rows`` in all; said again when more turn up."""
+        self.expected = rows
+        self._moved(self)
+
+    def doing(self, name: str) -> None:
+        """For the progress bar: what is measured from now on."""
+        self.now = name
+        self._moved(self)
+
+    def settings(self, **values: Any) -> None:
+        """How the sides were set up; they are printed with the group."""
+        self.notes.update(values)
+
+    def row(self, name: str, measured: Stable | None = None, *, frames: int = 1, **values: Any) -> None:
+        """A row that was measured. ``values`` win over what ``measured`` says; those that are None are left out."""
+        figures = measured.figures(frames) if measured else {}
+        self._add(name, {key: value for key, value in {**values, **figures, **values}.items() if value is not None})
+
+    def skip(self, name: str, reason: str) -> None:
+        """A row that this machine cannot run."""
+        self._add(name, {"skipped": reason})
+
+    def fail(self, name: str, reason: str) -> None:
+        """A row that should have run and did not, or gave wrong output; the run ends with status 1."""
+        self._add(name, {"failed": reason})
+
+    def _add(self, name: str, values: dict[str, Any]) -> None:
+        if any(row["name"] == name for row in self.rows):
+            raise ValueError(f"a second row {name!r}: compare pairs rows by their names")
+        self.rows.append({"name": name, **values})
+        self._moved(self)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 import time
+from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_jobs import FRAME, MODEL, targets
-from benchmarks.harness import Connection, measure, rss
+from .bench_jobs import FRAME, MODEL, targets
+from .load import Connection, measure, rss
+from .machine import machine
 
 GROWTH = 1.05
 """Flat: the last quarter's mean is at most 5 % and 4 MB over the second quarter's. The first warms caches up."""
@@ -20,9 +24,8 @@ def run(seconds: float) -> dict[str, Any]:
     rng = random.Random(1)
     sizes = [FRAME, FRAME // 4, 3 * 1000, FRAME * 3]
     with targets() as found:
-        chain, worker = found[-1], found[2]
-        assert chain.behind is not None
-        watched = {"gateway": chain.pid, "orchestrator": chain.behind, "worker": worker.pid}
+        chain = found[-1]
+        watched = dict(zip(("gateway", "orchestrator", "worker"), chain.pids, strict=True))
         headers = {"Content-Type": "application/octet-stream", "X-Model-Id": MODEL}
         connections = [Connection(chain.port, chain.path, headers, rng.randbytes(size)) for size in sizes]
         samples: dict[str, list[int]] = {name: [] for name in watched}
@@ -54,3 +57,21 @@ def growth(values: list[int]) -> dict[str, Any]:
         "peak_mb": max(values) / 1e6,
         "flat": after <= before * GROWTH + SLACK,
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    given = parser.parse_args()
+    result = run(given.minutes * 60)
+    print(json.dumps(result, indent=1))
+    if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        report = {"machine": machine(), "unix_time": int(time.time()), "soak": result}
+        given.output.write_text(json.dumps(report, indent=1) + "\n")
+    return int(not result["flat"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

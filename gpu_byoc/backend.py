@@ -11,8 +11,11 @@ What a backend must do, in this order of importance:
    be tried again.
 5. **Tell the time.** ``Submission.wait`` returns what the device spent, copies and computation apart.
 
-Everything is called from one thread, the engine's device thread, but for three: ``Arena.view`` and ``info`` may be
-called from any thread, and ``Submission.wait`` from a second one where ``depth`` is more than 1.
+Everything is called from one thread, the engine's device thread, but for four: ``Arena.view`` and ``info`` may be
+called from any thread, ``Submission.wait`` from a second one where ``depth`` is more than 1, ``probe`` from a third.
+
+Two things a backend may have and need not, because what they are for needs a device of its own: ``probe`` (see
+``Probing``) and ``require_pinned`` (see ``Pinning``).
 
 A processor's exception is let through as it is: the engine finds the frame that causes it. What means the device itself
 is gone is raised as ``DeviceLost``; memory that ran out as ``DeviceOutOfMemory``. A backend that works in place and
@@ -27,7 +30,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.processor import Processor
@@ -110,6 +113,27 @@ class Backend(Protocol):
     def close(self) -> None:
         """Shut the processor down and give everything back. Called once, also after a failed ``open``."""
         ...
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A backend that can be asked for a sign of life."""
+
+    def probe(self) -> None:
+        """Do something tiny on the device, on a stream of its own, and wait for it. Raises DeviceLost.
+
+        Called every half second on a thread of its own, while batches are on their way; never before ``open`` has
+        returned or once ``close`` was called. That it does not return means that the device hangs, so it must not
+        wait for any lock or stream that a batch may hold for long, nor allocate.
+        """
+        ...
+
+
+@runtime_checkable
+class Pinning(Protocol):
+    """A backend whose copies want pinned memory. Set, ``arena`` raises BackendUnavailable where it cannot pin."""
+
+    require_pinned: bool
 
 
 class HostArena:

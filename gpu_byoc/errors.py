@@ -9,13 +9,17 @@
     |  |- BadRequest                  client      400    the job
     |  |- BodyTimeout                 client      408    the job
     |  |- CorruptImage                client      422    the job
+    |  |- DecoderFailed               client      422    its stream, where it happens again and again
     |  |- ExpectationFailed           client      417    the job
     |  |- NoCapability                client      400    the job
+    |  |- OriginRefused (field)       client      403    the call; nothing was connected to
     |  |- TooLarge                    client      413    the job, before its body is read
+    |  |- Unauthorized                client      401    the call, before its body is read
     |  `- UnsupportedMedia            client      415    the job
     |- Unavailable (retry_after)      load
     |  |- AllBusy                     load        503    the job; nothing was started
     |  |- Draining                    load        503    the job; the process is on its way out
+    |  |- LedgerUnavailable           load        503    the job; nothing was started, for it could not be booked
     |  |- NoCapacity                  load        503    the job, here; another orchestrator may take it
     |  |- NotReady                    load        503    the job; the processor is still loading
     |  `- Overloaded                  load        503    the job; nothing was started
@@ -23,16 +27,19 @@
     |  |- ProcessorFailed             processor   500    its frames; the next job works
     |  |  `- ProcessorSpoiled         processor   500    its batch: a kernel failed in the middle of writing
     |  |- ProcessorOutput             processor   500    its frames; the next job works
-    |  `- ProcessorTimeout            processor   504    the job; the device may still be busy with it
+    |  |- ProcessorTimeout            processor   504    the job; the process, where the processor cannot be stopped
+    |  `- StreamQuarantined (reason)  processor   500    its stream: too many of its frames have failed
     |- DeviceError                    device
     |  |- DeviceLost                  device      500    the process: only a restart helps
     |  |- DeviceOutOfMemory           device      503    its frames, after smaller batches failed too
     |  `- EncoderFailed               device      500    its stream
     |- NetworkError                   network
     |  |- ContainerTimeout            network     504    the job
+    |  |- ContainerUnauthorized       network     502    the job, and the container's registration
     |  |- ContainerUnreachable        network     502    the job
     |  |- OrchestratorTimeout         network     504    the job; no other one is asked, they would all compute it
-    |  `- OrchestratorUnreachable     network     502    the job, after every other one was asked
+    |  |- OrchestratorUnreachable     network     502    the job, after every other one was asked; a registration
+    |  `- RegistrationRefused         network     -      one attempt to register; the next one comes by itself
     `- OperatorError                  operator
        |- BackendUnavailable          operator    -      the start
        |- ConfigError                 operator    -      the start
@@ -67,7 +74,9 @@ class GpuByocError(Exception):
 
     def again(self) -> Self:
         """A fresh one that says the same, for each of those it is told to: a raised exception collects tracebacks."""
-        return type(self)(*self.args)
+        fresh = type(self).__new__(type(self), *self.args)  # not by __init__, whose arguments are its class's own
+        fresh.__dict__.update(self.__dict__)
+        return fresh
 
 
 # --- the caller sent something that cannot work
@@ -114,6 +123,13 @@ class CorruptImage(ClientError):
     status = 422
 
 
+class DecoderFailed(ClientError):
+    """What a stream sent has crashed or hung the process that decodes it. Its next keyframe starts a new one."""
+
+    code = "decoder_failed"
+    status = 422
+
+
 class ExpectationFailed(ClientError):
     code = "expectation_failed"
     status = 417
@@ -125,9 +141,31 @@ class NoCapability(ClientError):
     code = "no_capability"
 
 
+class OriginRefused(ClientError):
+    """A URL that this worker does not open for this caller. ``field`` names it; the text says what an operator can do,
+    and nothing of the URL but its origin."""
+
+    code = "origin_refused"
+    status = 403
+
+    def __init__(self, field: str, origin: str, why: str) -> None:
+        super().__init__(f"{field}: {origin}: {why}")
+        self.field = field
+
+    def extra(self) -> Mapping[str, Any]:
+        return {"field": self.field}
+
+
 class TooLarge(ClientError):
     code = "too_large"
     status = 413
+
+
+class Unauthorized(ClientError):
+    """A call from the network without the bearer token that this worker has given its orchestrator."""
+
+    code = "unauthorized"
+    status = 401
 
 
 class UnsupportedMedia(ClientError):
@@ -152,6 +190,13 @@ class AllBusy(Unavailable):
 
 class Draining(Unavailable):
     code = "draining"
+    retry_after = 10
+
+
+class LedgerUnavailable(Unavailable):
+    """The orchestrator's disk does not take the ledger's rows."""
+
+    code = "ledger_unavailable"
     retry_after = 10
 
 
@@ -192,7 +237,7 @@ class ProcessorSpoiled(ProcessorFailed):
 
 
 class ProcessorTimeout(ProcessorError):
-    """The processor did not answer in time."""
+    """The processor did not answer in time. If it cannot be stopped either the process ends, with ``EXIT_STUCK``."""
 
     code = "processor_timeout"
     status = 504
@@ -202,6 +247,20 @@ class ProcessorOutput(ProcessorError):
     """The processor returned something that is not a frame like the one it was given."""
 
     code = "processor_output"
+
+
+class StreamQuarantined(ProcessorError):
+    """The processor failed at more of a stream's frames than ``--error-budget`` allows. ``reason`` is the code of the
+    last failure. Other parameters, or another input, may do better: start the stream anew."""
+
+    code = "stream_quarantined"
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def extra(self) -> Mapping[str, Any]:
+        return {"reason": self.reason}
 
 
 # --- the device
@@ -262,6 +321,12 @@ class ContainerTimeout(NetworkError):
     status = 504
 
 
+class ContainerUnauthorized(NetworkError):
+    """The container does not take the orchestrator's token, or the orchestrator has none for it."""
+
+    code = "container_unauthorized"
+
+
 class ContainerUnreachable(NetworkError):
     code = "container_unreachable"
 
@@ -275,6 +340,12 @@ class OrchestratorTimeout(NetworkError):
 
 class OrchestratorUnreachable(NetworkError):
     code = "orchestrator_unreachable"
+
+
+class RegistrationRefused(NetworkError):
+    """The orchestrator answered a registration, and did not take it."""
+
+    code = "registration_refused"
 
 
 class SegmentFailed(NetworkError):
@@ -314,6 +385,14 @@ class PortInUse(OperatorError):
     code = "port_in_use"
 
 
+def said_by(error: BaseException) -> str:
+    """What an exception of a stranger's says: its ``__str__`` is code of theirs, too, and may raise."""
+    try:
+        return str(error)
+    except Exception:  # whatever it is
+        return "(its text cannot be read)"
+
+
 EXIT_USAGE = 2
 """Exit status for an OperatorError, as argparse uses for wrong arguments."""
 
@@ -322,3 +401,7 @@ EXIT_INTERRUPTED = 130
 
 EXIT_DEVICE_LOST = 70
 """Exit status after DeviceLost (EX_SOFTWARE of sysexits.h): restart the process, the device may be fine then."""
+
+EXIT_STUCK = 75
+"""Exit status where a processor holds the device's thread and does not come back (EX_TEMPFAIL): restart the process,
+and look at the processor if it happens again."""

@@ -38,7 +38,13 @@ class FrameProcessor:
         raise NotImplementedError(f"{type(self).__name__} must implement process(frame: bytes) -> bytes")
 
     async def shutdown(self) -> None:
-        """Called once when the worker stops, also if ``initialize`` raised."""
+        """Called once when the worker stops, also if ``initialize`` raised; not where the process has to end at once,
+        because the device is lost or ``process`` does not come back.
+
+        It has what is left of ``--drain-seconds`` (8) when the jobs and streams in the house have ended, less one
+        second: seven in an idle worker, one where they took all their time, and one after a second signal. Then the
+        process ends without it, with status 75.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,16 +62,20 @@ class ArrayProcessor:
     ``pixel_format``   the one packed 8-bit format it takes, e.g. ``rgb24``
     ``Params``         a frozen dataclass of its parameters with defaults. Field metadata ``min``, ``max`` and
                        ``choices`` are enforced. Frames share a batch only if their parameters are equal.
-    ``kernels``        optional faster forms for one backend, by backend name. Each must equal ``process_batch`` byte
-                       for byte (``tests/backends/test_contract.py`` compares them). Their call forms are in
-                       ``docs/backends.md``; for numpy it is ``kernel(src, dst, params)`` on flat uint8 arrays of
-                       whole frames, where ``dst`` may be ``src``. It must not raise: its batch would fail as a whole.
+    ``arrays``         the library whose arrays ``process_batch`` takes, ``torch`` or ``cupy``, whichever of these two
+                       backends runs it: the frames are handed over without a copy. Unset: the backend's own arrays
+    ``kernels``        optional faster forms for one backend, by backend name; of several the backend takes the fastest
+                       that runs. Each must equal ``process_batch`` byte for byte (``tests/backends/test_contract.py``
+                       compares them). Their call forms are in ``docs/backends.md``; for numpy it is
+                       ``kernel(src, dst, params)`` on flat uint8 arrays of whole frames, where ``dst`` may be ``src``.
+                       It must not raise: its batch would fail as a whole.
     """
 
     name: ClassVar[str] = ""
     pixel_format: ClassVar[str] = "rgb24"
     Params: ClassVar[type] = NoParams
-    kernels: ClassVar[Mapping[str, Kernel]] = {}
+    arrays: ClassVar[str] = ""
+    kernels: ClassVar[Mapping[str, Kernel | tuple[Kernel, ...]]] = {}
 
     def setup(self, xp: Any, device: Any) -> None:
         """Called once per device before the first batch. Load weights, build tables."""
@@ -88,6 +98,12 @@ Processor: TypeAlias = FrameProcessor | ArrayProcessor
 def processor_name(processor: Processor) -> str:
     """``name`` if the class sets one, else the class name."""
     return getattr(processor, "name", "") or type(processor).__name__
+
+
+def kernel_forms(processor: ArrayProcessor, backend: str) -> tuple[Kernel, ...]:
+    """The processor's kernels for one backend, the likely best first."""
+    found = processor.kernels.get(backend, ())
+    return found if isinstance(found, tuple) else (found,)
 
 
 def pixel_format(processor: Processor) -> str | None:

@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"gpu_byoc": "gpu_byoc", "backends": "gpu_byoc_backends"}  # folder, and the name it is installed by
+PACKAGES = {
+    "gpu_byoc": "gpu_byoc",
+    "backends": "gpu_byoc_backends",
+    "benchmarks": "gpu_byoc_benchmarks",
+}  # folder, name
 MADE = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
 
 
@@ -41,7 +45,7 @@ def test_the_wheel_holds_every_module_and_the_clip(wheel: Path) -> None:
     wanted = {
         f"{PACKAGES[top]}/{path.relative_to(ROOT / top).as_posix()}"
         for top in PACKAGES
-        for pattern in ("*.py", "py.typed", "*.mp4", "*.md")
+        for pattern in ("*.py", "py.typed", "*.mp4", "*.md", "*.css")
         for path in (ROOT / top).rglob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:

@@ -7,6 +7,7 @@ A subscriber's cursor::
     200, Lp-Trickle-Seq n                           Read n, then ask for n+1; n beyond what was asked for is a gap
     200 without a number                            a failure, unless a definite index was asked for: then it is that
     470, Lp-Trickle-Latest beyond what was asked    ask for Latest: we were too slow; what lies between is a gap
+    ... and OLDEST was wanted, nothing read so far  ask for the oldest that the ring may hold, then the ones after it
     470, Latest one below                           wait and ask again: its publisher has not started the one before
     470, Latest further below                       ask for Latest: its publisher has started over
     404, after any good answer                      End: the channel is gone
@@ -33,12 +34,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from gpu_byoc.core.trickle import RING
 from gpu_byoc.errors import ChannelFailed, ChannelMissing, SegmentFailed
 
 SEQ: Final = "Lp-Trickle-Seq"
 LATEST: Final = "Lp-Trickle-Latest"
 CLOSED: Final = "Lp-Trickle-Closed"
 RESET: Final = "Lp-Trickle-Reset"
+
+OLDEST: Final = -3
+"""Where a subscriber may start that wants all there is. Never on the wire, which has no word for it: the index 0, and
+where that is gone, what the ring may still hold."""
 
 ABSENT: Final = 470
 """Status for an index that a channel does not have."""
@@ -111,13 +117,15 @@ class Subscription:
     """A subscriber's place in a channel. ``skipped`` counts segments that were missed, over all."""
 
     def __init__(self, start: int, backoff: Backoff | None = None, label: str = "trickle") -> None:
-        """``label`` begins the text of errors: the channel's URL."""
+        """``start`` is an index, NEXT, NEWEST or OLDEST. ``label`` begins the text of errors: the channel's URL."""
         self.skipped = 0
         self._label = label
-        self._want = start
+        self._seeking = start == OLDEST  # what is gone before the first that is found was never ours to miss
+        self._want = 0 if self._seeking else start
         self._backoff = backoff or Backoff()
         self._failures = 0
         self._ahead = 0  # 470s in a row for the index after the one that is to be written
+        self._missed = 0  # segments that were gone, since the last one that was read
         self._met = False
 
     def ask(self) -> Ask:
@@ -165,8 +173,10 @@ class Subscription:
                 return self.failed(f"a 200 without {SEQ}: this is no trickle server")
             seq = self._want
         self._progress()
-        skipped = max(0, seq - self._want) if self._want >= 0 else 0
-        self.skipped += skipped
+        self._seeking = False
+        gap = max(0, seq - self._want) if self._want >= 0 else 0
+        self.skipped += gap
+        skipped, self._missed = self._missed + gap, 0
         self._want = seq + 1
         return Read(seq, skipped)
 
@@ -174,12 +184,17 @@ class Subscription:
         latest = _number(headers, LATEST)
         if latest is None:
             return self.failed(f"a {ABSENT} without {LATEST}")
+        if self._seeking and self._want < latest:
+            self._progress()
+            self._want = min(max(self._want + 1, latest - RING), latest)
+            return Ask(self._want)
         ahead = self._ahead + 1 if latest == self._want - 1 else 0
         self._progress()
         if 0 < ahead < PATIENCE:
             self._ahead = ahead
             return Ask(self._want, STEP)
         if 0 <= self._want < latest:
+            self._missed += latest - self._want
             self.skipped += latest - self._want
         self._want = latest
         return Ask(latest, STEP)

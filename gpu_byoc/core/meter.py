@@ -73,6 +73,31 @@ def by_second(start: int, end: int) -> list[tuple[int, int]]:
     return pieces
 
 
+TOLERANCE = 0.01
+"""The part of a device's time that may be missing from the books, or be in them twice, before it is said aloud. By
+construction nothing is: whatever is there is a defect."""
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """The same device time, compute and copy, in nanoseconds, from sums that are kept apart.
+
+    ``device`` adds up the intervals of whole batches, ``names`` the totals by name. ``settled`` is ``device`` at the
+    last moment at which the results of all that was booked had been handed out, ``handed`` what was in those results.
+    """
+
+    device: int
+    names: int
+    settled: int
+    handed: int
+
+    @property
+    def error(self) -> float:
+        """The larger difference, as a part of the device's time; 0.0 where the books balance."""
+        off = max(abs(self.device - self.names), abs(self.settled - self.handed))
+        return off / max(self.device, 1)
+
+
 ENDED = "(ended)"
 """The name under which the totals of streams that are over are kept together, so that names still add up."""
 
@@ -114,6 +139,11 @@ class Meter:
         """(second, name, usage) of the last minute, oldest first."""
         self._forget(now)
         return [(second, name, usage) for second in sorted(self._rows) for name, usage in self._rows[second].items()]
+
+    def spent(self) -> tuple[int, int]:
+        """Device time, compute and copy: of the device's own total, and of the totals by name."""
+        names = sum(usage.compute_ns + usage.copy_ns for usage in self.totals.values())
+        return self.device.compute_ns + self.device.copy_ns, names
 
     def open(self, name: str) -> None:
         """A stream begins. Names of streams that run at the same time differ."""

@@ -102,6 +102,11 @@ class Session:
         self._second.frames_out += 1
         self._latencies.append(latency)
 
+    def took_back(self, count: int, reason: str) -> None:
+        """So many of the frames that went out did not arrive after all."""
+        self.frames_out -= count
+        self.dropped[reason] += count
+
     def latency(self, q: float) -> float | None:
         """The q-quantile of the last latencies; None before the first."""
         if not self._latencies:

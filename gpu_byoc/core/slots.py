@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 
 class State(enum.Enum):
@@ -54,20 +56,22 @@ class Want:
     """A place in the line of those who wait. Filled (``hold``) or taken out of the line by ``cancel``."""
 
     count: int
+    owner: Hashable
     hold: Hold | None = None
 
 
 class SlotPool:
     """The slots of one arena. Every method returns at once and says whom to wake.
 
-    Free slots are handed out last in, first out, so that the memory is still in the cache; several at a time come
-    from neighbouring slots where there are enough of them, so that a batch is one copy.
+    The lowest free slots are handed out first: the same few serve a low load, so that their memory is still in the
+    cache, and what is in the house together lies side by side, so that a batch is few copies. Several at a time come
+    from neighbouring slots where there are enough of them.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = list(range(count - 1, -1, -1))
-        self._line: OrderedDict[int, Want] = OrderedDict()
+        self._free = list(range(count))  # a heap
+        self._lines: OrderedDict[Hashable, OrderedDict[int, Want]] = OrderedDict()  # of each owner; the first is next
 
     @property
     def free(self) -> int:
@@ -75,25 +79,34 @@ class SlotPool:
 
     @property
     def waiting(self) -> int:
-        return len(self._line)
+        return sum(map(len, self._lines.values()))
 
-    def want(self, count: int) -> Want:
+    def want(self, count: int, owner: Hashable = None) -> Want:
         """Ask for ``count`` slots. If ``hold`` of the answer is set they are yours; else wait to be named by
-        ``move`` or ``cancel``, or ``cancel`` it. First come, first served: a small want never overtakes a large one.
+        ``move`` or ``cancel``, or ``cancel`` it. Owners are served in turn, one want each, and an owner's wants in the
+        order they came. Whose turn it is waits for as many slots as it wants: a small want never overtakes a large one.
         """
         if not 1 <= count <= self.count:
             raise ValueError(f"{count} of {self.count} slots")
-        want = Want(count)
-        if not self._line and count <= len(self._free):
+        want = Want(count, owner)
+        if not self._lines and count <= len(self._free):
             want.hold = Hold(self._take(count))
         else:
-            self._line[id(want)] = want
+            self._lines.setdefault(owner, OrderedDict())[id(want)] = want
         return want
+
+    def rival(self, owner: Hashable) -> Want | None:
+        """In a line that is full: the last want of whoever has most of them, at least two more than ``owner``, who may
+        have its place. None: ``owner`` has its share already. ``cancel`` it."""
+        line = max(self._lines.values(), key=len, default=None)
+        if line is None or len(line) < len(self._lines.get(owner, ())) + 2:
+            return None
+        return next(reversed(line.values()))
 
     def cancel(self, want: Want) -> list[Want]:
         """Leave the line. Returns the wants that got their slots because of it: tell them. If ``want`` was filled
         already, its slots are still held: ``move`` them to ``release``."""
-        self._line.pop(id(want), None)
+        self._leave(want)
         return self._serve()
 
     def move(self, hold: Hold, event: str) -> list[Want]:
@@ -109,26 +122,35 @@ class SlotPool:
         hold.state = state
         if not freed:
             return []
-        self._free.extend(reversed(hold.slots))
+        for slot in hold.slots:
+            heappush(self._free, slot)
         return self._serve()
 
     def _serve(self) -> list[Want]:
         served = []
-        while self._line:
-            want = next(iter(self._line.values()))
+        while self._lines:
+            want = next(iter(next(iter(self._lines.values())).values()))
             if want.count > len(self._free):
                 break
-            del self._line[id(want)]
+            self._leave(want)
+            if want.owner in self._lines:
+                self._lines.move_to_end(want.owner)
             want.hold = Hold(self._take(want.count))
             served.append(want)
         return served
 
+    def _leave(self, want: Want) -> None:
+        line = self._lines.get(want.owner, OrderedDict())
+        line.pop(id(want), None)
+        if not line:
+            self._lines.pop(want.owner, None)
+
     def _take(self, count: int) -> tuple[int, ...]:
         if count == 1:
-            return (self._free.pop(),)
+            return (heappop(self._free),)
         chosen = _neighbours(sorted(self._free), count)
         taken = set(chosen)
-        self._free = [slot for slot in self._free if slot not in taken]
+        self._free = sorted(slot for slot in self._free if slot not in taken)
         return chosen
 
 

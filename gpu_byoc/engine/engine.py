@@ -10,6 +10,7 @@ without the engine's lock, and must return at once (hand over to your own loop).
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -21,10 +22,12 @@ from typing import Any
 from gpu_byoc.backend import Arena, Backend, Batch, runs
 from gpu_byoc.config import EngineConfig
 from gpu_byoc.core.batching import Batcher, Item
-from gpu_byoc.core.meter import Meter, Share, Usage
+from gpu_byoc.core.batchlimit import BatchLimit
+from gpu_byoc.core.histogram import Histogram, Reading
+from gpu_byoc.core.meter import SECOND, Balance, Meter, Share, Usage
 from gpu_byoc.core.slots import Hold, SlotPool, State, Want
-from gpu_byoc.engine.device import Device, Outcome
-from gpu_byoc.errors import DeviceLost, Draining, GpuByocError, Overloaded, TooLarge
+from gpu_byoc.engine.device import Device, Outcome, Vitals
+from gpu_byoc.errors import BackendUnavailable, DeviceLost, Draining, GpuByocError, Overloaded, TooLarge
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.processor import Processor
 
@@ -34,13 +37,30 @@ MAX_ROOMS = 16
 """Frame sizes that have memory at once. Each costs a mapping and a line in every scrape; jobs of one worker rarely have
 more than a handful of sizes, and the least recently used one goes when another comes."""
 
+STALE = 10.0
+"""Seconds after which memory of a frame size that nobody uses goes to another one that could do with more. Sizes that
+come in turn keep their own, because pinned memory is slow to make. Chosen, not measured."""
+
+DURATIONS = tuple(
+    tenths * SECOND // 10_000
+    for tenths in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+)
+"""Bounds of the histograms of time: a small frame's kernel takes tenths of a millisecond, a slow processor seconds."""
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+LEFT = ("full", "max_wait", "device_free", "drain", "alone", "retry")
+
 Ready = Callable[[GpuByocError | None], None]
 
 
 class Lease:
     """Slots for ``frames`` frames of one spec: the bytes that come in, later the bytes that go out."""
 
-    __slots__ = ("_engine", "_item", "_room", "_want", "done", "frames", "hold", "params", "ready", "spec", "stream")
+    __slots__ = (
+        *("_engine", "_item", "_room", "_want", "context", "done", "frames", "hold", "params", "ready", "spec"),
+        "stream",
+    )
 
     def __init__(self, engine: Engine, room: _Room, spec: FrameSpec, frames: int, ready: Ready) -> None:
         self._engine = engine
@@ -54,6 +74,7 @@ class Lease:
         self.stream = ""
         self.params: Any = None
         self.done: Callable[[Outcome], None] | None = None
+        self.context = contextvars.copy_context()  # of whoever it is for: a log line about it says so
 
     @property
     def held(self) -> bool:
@@ -95,8 +116,14 @@ class _Room:
 
     nbytes: int
     pool: SlotPool
+    limit: BatchLimit
+    used: float = 0.0  # when somebody last asked for slots here, by time.monotonic
     arena: Arena | None = None
     early: list[Lease] | None = None  # leases that wait for the arena itself
+
+    @property
+    def size(self) -> int:
+        return self.nbytes * self.pool.count
 
     @property
     def idle(self) -> bool:
@@ -104,19 +131,29 @@ class _Room:
 
 
 class Engine:
-    """Made by ``__init__``, alive from ``start`` to ``close``."""
+    """One device. Made by ``__init__``, alive from ``start`` to ``close``."""
 
     def __init__(self, backend: Backend, processor: Processor, config: EngineConfig, device: str | None = None) -> None:
         self.backend = backend
         self.processor = processor
         self.config = config
         self.lock = threading.Condition()
-        self.batcher: Batcher[Lease] = Batcher(config.max_batch, int(config.max_wait_ms * 1e6), share=backend.batches)
+        self.batcher: Batcher[Lease] = Batcher(
+            config.max_batch, int(config.max_wait_ms * 1e6), backend.batches, lambda item: item.value._room.limit.frames
+        )
         self.meter = Meter()
-        self.refused = 0
+        self.out_of_memory = 0  # batches that did not fit into the device's memory
         self.on_fatal: Callable[[GpuByocError], None] | None = None
         self._rooms: dict[int, _Room] = {}  # by nbytes, least recently used first
         self._lines: dict[int, Lease] = {}  # by id of the Want that waits in a pool
+        self._tallies = {
+            "compute": Histogram(DURATIONS),
+            "copy": Histogram(DURATIONS),
+            "queue": Histogram(DURATIONS),
+            "frames": Histogram(SIZES),
+        }
+        self._handed = 0  # device time in the results that were handed out
+        self._settled = (0, 0)
         self._epoch = time.time_ns() - time.monotonic_ns()
         self._device = Device(self, device)
         self.closing = False
@@ -124,14 +161,19 @@ class Engine:
     # --- life
 
     def start(self) -> Future[None]:
-        """Open the backend on the device thread. The future ends when it is ready, or with why it is not."""
+        """Open the backend on the device thread. The future ends when it is ready, or with why it is not.
+
+        What the device is lost by, or the processor stuck in, is in ``fatal`` and told to ``on_fatal``, which is called
+        once, on any thread, after all leases have been failed. Set it before, or look at ``fatal`` after setting it.
+        """
         return self._device.begin()
 
     def close(self, flush: bool = True, timeout: float | None = None) -> None:
-        """Refuse new work, finish (or with ``flush=False`` fail) what was submitted, and join. Blocks; idempotent."""
+        """Refuse new work, finish (or with ``flush=False`` fail) what was submitted, and join. Blocks; idempotent.
+        From a thread of the engine's own (``ready``, ``done``, ``on_fatal``) it does not wait."""
         self.expel(Draining("the worker is shutting down; send the job elsewhere"), queued=not flush)
-        if not self._device.join(timeout):
-            log.error("the device thread did not end within %s s: the processor is still busy", timeout)
+        if not self._device.join(timeout) and timeout is not None:
+            log.error("the device thread did not end within %.1f s: the processor is still busy", timeout)
 
     def expel(self, error: GpuByocError, queued: bool) -> None:
         """Refuse new work, turn away who waits for slots, and with ``queued`` fail what was not started yet."""
@@ -174,14 +216,17 @@ class Engine:
 
     # --- leases
 
-    def lease(self, spec: FrameSpec, frames: int, ready: Ready, patient: bool = False) -> Lease:
+    def lease(
+        self, spec: FrameSpec, frames: int, ready: Ready, patient: bool = False, client: Hashable = None
+    ) -> Lease:
         """Ask for slots. If ``granted`` is already true they are there and ``ready`` is not called; otherwise it is
         called once, with None or with why not, unless ``release`` comes first. ``patient`` is for live streams, each of
-        which has one place in the line at most: the line is never too long for them, and they count no refusals.
+        which has one place in the line at most: the line is never too long for them. ``client`` says whose it is: they
+        get slots in turn, and in a line that is full one with fewer places takes the last of whoever has most.
 
         Raises:
             TooLarge: this many frames of this size can never be had at once.
-            Overloaded: the line is full, or there is no memory for one more frame size now.
+            Overloaded: the line is full, or other frame sizes have the memory now.
             Draining: the engine is closing.
         """
         if frames > self.config.max_batch:
@@ -191,40 +236,71 @@ class Engine:
         with self.lock:
             if self.closing:
                 raise Draining("the worker is shutting down; send the job elsewhere")
-            room = self._rooms.get(spec.nbytes) or self._make_room(spec, frames, patient)
-            if frames > room.pool.count:
-                raise TooLarge(f"{frames} frames of {spec} need more memory than is free at once")
-            if room.pool.waiting >= room.pool.count and not patient:
-                self.refused += 1
-                raise Overloaded(f"no free slot, and {room.pool.waiting} jobs are already waiting for one; try again")
-            self._rooms[spec.nbytes] = self._rooms.pop(spec.nbytes)  # most recently used
+            room = self._room_for(spec, frames)
+            given_up = self._make_way(room, client) if room.pool.waiting >= room.pool.count and not patient else []
             lease = Lease(self, room, spec, frames, ready)
-            want = room.pool.want(frames)
+            want = room.pool.want(frames, client)
             lease.hold = want.hold
             if want.hold is None:
                 lease._want = want
                 self._lines[id(want)] = lease
             elif room.early is not None:
                 room.early.append(lease)
-            return lease
+        for one in given_up:
+            one.ready(Overloaded("others wait for a slot too, and this client has most of the line; try again"))
+        return lease
 
-    def _make_room(self, spec: FrameSpec, frames: int, patient: bool) -> _Room:
-        wanted = min(self.config.slots, self.config.memory // spec.nbytes)
-        if wanted < frames:
-            raise TooLarge(f"{frames} frames of {spec} ({spec.nbytes} bytes each) are more than --memory-mb allows")
-        free = self.config.memory - sum(room.nbytes * room.pool.count for room in self._rooms.values())
-        for nbytes, room in list(self._rooms.items()):
-            if free >= wanted * spec.nbytes and len(self._rooms) < MAX_ROOMS:
+    def _make_way(self, room: _Room, client: Hashable) -> list[Lease]:
+        """Under the lock, in a line that is full: whoever has to leave it for this client. Raises Overloaded."""
+        rival = room.pool.rival(client)
+        if rival is None:
+            raise Overloaded(f"no free slot, and {room.pool.waiting} jobs are already waiting for one; try again")
+        return self._dismiss([self._lines[id(rival)]])
+
+    def _room_for(self, spec: FrameSpec, frames: int) -> _Room:
+        """Under the lock: the memory of one frame size, made or made anew where more of it can be had now."""
+        nbytes, now = spec.nbytes, time.monotonic()
+        most = min(self.config.slots, self.config.memory // nbytes)
+        if most < frames:
+            raise TooLarge(f"{frames} frames of {spec} ({nbytes} bytes each) are more than --memory-mb allows")
+        room = self._rooms.get(nbytes)
+        count = room.pool.count if room else 0
+        if count < most and (room is None or room.idle):
+            slots = min(most, self._reach(nbytes, now - STALE))
+            if count < frames:  # a full batch, or what there is
+                slots = max(slots, min(most, self.config.max_batch, self._reach(nbytes, now)))
+            if slots > max(count, frames - 1):
+                room = self._make_room(nbytes, most, slots)
+        if room is None or room.pool.count < frames:
+            raise Overloaded(f"no memory for {frames} frames of {spec} while other sizes are in use; try again")
+        room.used = now
+        self._rooms[nbytes] = self._rooms.pop(nbytes)  # most recently used
+        return room
+
+    def _reach(self, nbytes: int, unused_since: float) -> int:
+        """Slots of ``nbytes`` for which there is memory, if idle rooms make way that nobody has used since then."""
+        stays = [
+            room.size
+            for room in self._rooms.values()
+            if room.nbytes != nbytes and not (room.idle and room.used <= unused_since)
+        ]
+        return (self.config.memory - sum(stays)) // nbytes if len(stays) < MAX_ROOMS else 0
+
+    def _make_room(self, nbytes: int, most: int, slots: int) -> _Room:
+        """At least ``slots`` of the ``most`` that are wanted: idle rooms make way for that, those unused for longest
+        first. Whatever is free then is used."""
+        old = self._rooms.pop(nbytes, None)
+        gone = [] if old is None else [old]
+        free = self.config.memory - sum(room.size for room in self._rooms.values())
+        for room in list(self._rooms.values()):
+            if free >= slots * nbytes and len(self._rooms) < MAX_ROOMS:
                 break
-            if room.idle and room.arena is not None:
-                del self._rooms[nbytes]
-                free += nbytes * room.pool.count
-                self._device.todo.append(room.arena.close)
-        slots = min(wanted, free // spec.nbytes)
-        if slots < frames or len(self._rooms) >= MAX_ROOMS:
-            self.refused += not patient
-            raise Overloaded(f"no memory for frames of {spec} while other sizes are in use (--memory-mb); try again")
-        room = self._rooms[spec.nbytes] = _Room(spec.nbytes, SlotPool(slots), early=[])
+            if room.idle:
+                gone.append(self._rooms.pop(room.nbytes))
+                free += room.size
+        self._device.todo += [room.arena.close for room in gone if room.arena]
+        limit = old.limit if old else BatchLimit(self.config.max_batch)
+        room = self._rooms[nbytes] = _Room(nbytes, SlotPool(min(most, free // nbytes)), limit, early=[])
         self._device.todo.append(lambda: self._furnish(room))
         self.lock.notify_all()
         return room
@@ -237,6 +313,8 @@ class Engine:
             room.arena = self.backend.arena(room.nbytes, room.pool.count)
         except DeviceLost as cause:
             error = lost = cause
+        except BackendUnavailable as cause:  # memory that has to be pinned (--require-pinned) and cannot be
+            error = cause
         except Exception as cause:  # each library has an out-of-memory error of its own
             log.warning("no memory for %d frames of %d bytes", room.pool.count, room.nbytes, exc_info=cause)
             error = Overloaded(f"no memory for {room.pool.count} frames of {room.nbytes} bytes: {cause}")
@@ -325,17 +403,34 @@ class Engine:
         ]
         frames = sum(item.frames for item in items)
         with self.lock:
+            items[0].value._room.limit.fitted(frames, time.monotonic_ns())
             parts = self.meter.book(self.now(), compute, copy, shares)
+            self._count(items, began, frames, compute, copy)
         return [
-            Outcome(None, began - item.arrived, its_compute, its_copy, frames)
+            Outcome(None, began - item.arrived, its_compute, its_copy, frames, self.backend.device)
             for item, (its_compute, its_copy) in zip(items, parts, strict=True)
         ]
+
+    def _count(self, items: list[Item[Lease]], began: int, frames: int, compute: int, copy: int) -> None:
+        """Under the lock."""
+        tallies = self._tallies
+        tallies["compute"].add(compute)
+        tallies["copy"].add(copy)
+        tallies["frames"].add(frames)
+        for item in items:
+            tallies["queue"].add(began - item.arrived, item.frames)
+
+    def settle(self) -> None:
+        """Under the lock, on the thread that lands batches: all that was booked has been handed out."""
+        device = self.meter.device
+        self._settled = (device.compute_ns + device.copy_ns, self._handed)
 
     def finish(self, lease: Lease, outcome: Outcome) -> None:
         """The lease's work is over, well or not: tell its owner, or take the slots back if there is none any more."""
         lucky: list[Lease] = []
         wanted = False
         with self.lock:
+            self._handed += outcome.compute_ns + outcome.copy_ns
             room, hold = lease._room, lease.hold
             assert hold is not None
             if hold.state is State.QUEUED:  # failed before it was started
@@ -349,11 +444,11 @@ class Engine:
             lease.done(outcome)
         _tell(lucky)
 
-    def refuse(self, message: str) -> Overloaded:
-        """Count a lease that was given up in the line; returns the error to raise."""
+    def overran(self, items: list[Item[Lease]]) -> None:
+        """A batch of these did not fit into the device's memory."""
         with self.lock:
-            self.refused += 1
-        return Overloaded(message)
+            self.out_of_memory += 1
+            items[0].value._room.limit.failed(sum(item.frames for item in items), time.monotonic_ns())
 
     # --- looking at it
 
@@ -366,10 +461,37 @@ class Engine:
                     "slots": room.pool.count,
                     "free": room.pool.free,
                     "waiting": room.pool.waiting,
-                    "pinned": bool(room.arena is not None and room.arena.pinned),
+                    "pinned": None if room.arena is None else room.arena.pinned,
+                    "max_batch": room.limit.frames,
                 }
                 for room in self._rooms.values()
             ]
+
+    def pressure(self, nbytes: int, frames: int) -> tuple[bool, int]:
+        """(whether a lease for ``frames`` frames of ``nbytes`` bytes would wait, bytes of all frames in the house and
+        in the line): where the next one goes, the lower the better."""
+        with self.lock:
+            room = self._rooms.get(nbytes)
+            full = room is not None and (room.pool.waiting > 0 or room.pool.free < frames)
+            held = sum(each.nbytes * (each.pool.count - each.pool.free) for each in self._rooms.values())
+            return full, held + sum(lease.frames * lease.spec.nbytes for lease in self._lines.values())
+
+    def tallies(self) -> dict[str, Reading]:
+        """Per batch: ``compute`` and ``copy`` (nanoseconds), ``frames``; per frame: ``queue`` (nanoseconds)."""
+        with self.lock:
+            return {name: tally.read() for name, tally in self._tallies.items()}
+
+    def left(self) -> dict[str, int]:
+        """Batches that were started, by why; see ``Batcher.take``. ``retry``: a part of one that failed, once more."""
+        with self.lock:
+            return {**dict.fromkeys(LEFT, 0), **self.batcher.left}
+
+    def balance(self) -> Balance:
+        with self.lock:
+            return Balance(*self.meter.spent(), *self._settled)
+
+    def vitals(self) -> Vitals:
+        return self._device.vitals()
 
     def open_stream(self, name: str) -> None:
         """Book ``name`` by itself from now on; see ``end_stream``."""
@@ -385,6 +507,11 @@ class Engine:
         """A stream is over: its totals, which leave the table."""
         with self.lock:
             return self.meter.end(name)
+
+    def spent(self) -> Usage:
+        """The device's own totals, each batch once."""
+        with self.lock:
+            return _copy(self.meter.device)
 
     def usage(self) -> tuple[list[tuple[int, str, Usage]], dict[str, Usage], Usage]:
         """(rows of the last minute, totals by name, the device's own totals), copied."""

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from gpu_byoc.backend import Batch, BatchTimes, HostArena
-from gpu_byoc.errors import BackendUnavailable, ProcessorOutput
+from gpu_byoc.errors import BackendUnavailable, ProcessorOutput, ProcessorTimeout
 from gpu_byoc.processor import FrameProcessor, Processor, processor_name
 
 
@@ -25,7 +25,9 @@ class _Running:
 class HostBackend:
     """Calls ``process`` frame by frame. ``compute_ns`` is the time those calls took by the clock, ``copy_ns`` the rest.
 
-    The loop runs from ``open`` to ``close``, so tasks and connections that ``initialize`` starts stay alive.
+    The loop runs from ``open`` to ``close``, so tasks and connections that ``initialize`` starts stay alive. What
+    ``process`` awaits for longer than ``limit`` seconds (0: no limit) is cancelled and fails its job alone; code that
+    holds the loop up cannot be cancelled, and is the engine's to notice.
     """
 
     name = "host"
@@ -33,7 +35,8 @@ class HostBackend:
     depth = 1
     batches = False
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float = 0.0) -> None:
+        self._limit = limit
         self._processor: FrameProcessor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -56,7 +59,7 @@ class HostBackend:
 
     def submit(self, batch: Batch) -> _Running:
         assert self._processor is not None, "open comes first"
-        return _Running(self._call(_process(self._processor, batch)))
+        return _Running(self._call(_limited(self._processor, batch, self._limit)))
 
     def info(self) -> Mapping[str, Any]:
         return {"degraded": []}
@@ -84,6 +87,19 @@ async def _no_exit(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return await coroutine
     except (SystemExit, KeyboardInterrupt) as error:
         raise RuntimeError(f"the processor raised {error!r}") from error
+
+
+async def _limited(processor: FrameProcessor, batch: Batch, limit: float) -> BatchTimes:
+    timeout = asyncio.timeout(limit or None)
+    try:
+        async with timeout:
+            return await _process(processor, batch)
+    except TimeoutError as error:
+        if not timeout.expired():
+            raise  # the processor's own
+        raise ProcessorTimeout(
+            f"{processor_name(processor)} took longer than {limit:g} s (--processor-timeout); the call was cancelled"
+        ) from error
 
 
 async def _process(processor: FrameProcessor, batch: Batch) -> BatchTimes:

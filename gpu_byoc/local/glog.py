@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from gpu_byoc import logs
+
 _LETTERS = {logging.INFO: "I", logging.WARNING: "W", logging.ERROR: "E", logging.CRITICAL: "F"}
 
 
@@ -18,10 +20,15 @@ class GlogFormatter(logging.Formatter):
         return line
 
 
-def to_stderr(verbosity: int) -> None:
-    """Send every log record of this process to stderr. ``-v 6`` and more shows debug lines, as in go-livepeer."""
+def to_stderr(verbosity: int, kind: str = "text") -> None:
+    """Send every log record of this process to stderr. ``-v 6`` and more shows debug lines, as in go-livepeer.
+
+    Raises:
+        ConfigError: ``kind`` is neither ``text`` nor ``json``.
+    """
+    shape = GlogFormatter() if kind == "text" else logs.formatter(kind)
     handler = logging.StreamHandler(sys.stderr)  # flushes each record
-    handler.setFormatter(GlogFormatter())
+    handler.setFormatter(shape)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -1,10 +1,15 @@
 """The orchestrator's ledger of wall seconds: one row a job, in an SQLite file in ``-datadir``.
 
-A row is written when a job is sent to the worker (outcome ``running``) and completed when it ends. One thread writes,
-in transactions of whatever came within GATHER_SECONDS, so that the event loop never waits for a disk. In WAL mode a
-transaction is in the file as a whole or not at all, whatever kills the process. kill -9 loses what happened within the
-last GATHER_SECONDS; a job that was running then, or whose end is lost, is ``unfinished`` from the next start on, and
-billed nothing. An ordinary shutdown loses nothing.
+A row is written when a job is sent to the worker (outcome ``running``) and completed before the client has the end of
+its answer: what was answered is booked. One thread writes, in transactions of whatever has come meanwhile, so that the
+event loop never waits for a disk. In WAL mode a transaction is in the file as a whole or not at all, whatever kills the
+process; a cut of the power may lose the last of them. A job that was running then is ``unfinished`` from the next start
+on, and billed nothing.
+
+While the disk takes no rows (full, read-only, locked, hanging) ``error`` says why, and the orchestrator refuses new
+jobs: they could not be booked. Those under way end and are answered; their rows stay in memory, are tried again every
+second, and go to the log as JSON if the process has to end before that. So one fault loses nothing; only kill -9 while
+the disk is full loses the ends of the jobs that were under way when it filled up.
 
 What a job costs (the rule of go-livepeer's batch jobs): its wall seconds, rounded up. Wall seconds count from the call
 of the worker until its whole answer has arrived at the orchestrator. The wait for a client that is slow to send is in
@@ -16,13 +21,16 @@ the same; a job that was refused, or that never reached a worker, costs nothing.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import queue
 import sqlite3
 import threading
+import time
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -33,10 +41,12 @@ from gpu_byoc.local.metadata import amount, read_object
 log = logging.getLogger(__name__)
 
 FILE: Final = "ledger.sqlite3"
-GATHER_SECONDS: Final = 0.1
+GATHER_SECONDS: Final = 0.1  # how long a row may wait for company when nobody waits for it
+RUNNING_SECONDS: Final = 0.1  # a job that takes longer than that is listed while it runs
+RETRY_SECONDS: Final = 1.0
+BOOK_SECONDS: Final = 5.0  # for a disk that hangs; the answer then goes out unbooked
 RUNNING: Final = "running"
 UNFINISHED: Final = "unfinished"
-MAX_PENDING: Final = 100_000  # rows kept in memory while the disk refuses them; some 30 MB
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -82,6 +92,9 @@ class Totals:
         self.compute_seconds += entry.compute_seconds or 0.0
 
 
+_Row = tuple[Entry | None, Callable[[], None] | None]
+"""A row, or None for the end, and who is told when it has been tried."""
+
 _COLUMNS = ", ".join(field.name for field in fields(Entry))
 _CHANGES = ", ".join(f"{field.name} = excluded.{field.name}" for field in fields(Entry) if field.name != "job_id")
 _INSERT = (
@@ -108,15 +121,14 @@ def compute_seconds(metadata: str | None) -> float | None:
 
 
 class Ledger:
-    """``open``, then ``begin`` and ``add`` as jobs do, then ``close``. The first and the last block, briefly."""
+    """``open``, then ``begin``, ``book`` and ``add`` as jobs do, ``close``. The first and the last block, briefly."""
 
     def __init__(self, datadir: Path) -> None:
         self.path = datadir / FILE
         self.totals = Totals()  # of the jobs that have ended: those in the file, earlier runs included, and later ones
         self.error = ""  # what the disk said last; "" while it takes the rows
-        self.lost = 0  # jobs given up because more than MAX_PENDING were waiting
-        self._rows: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
+        self.waiting = 0  # rows that it has not taken yet
+        self._rows: queue.SimpleQueue[_Row] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="ledger")
         self._database: sqlite3.Connection | None = None
 
@@ -138,19 +150,38 @@ class Ledger:
             raise ConfigError(f"-datadir: cannot keep a ledger in {self.path}: {error}") from error
         self._thread.start()
 
-    def begin(self, job_id: str, capability: str, started: str) -> None:
-        """A job has been sent to the worker; ``add`` it when it ends."""
-        self._rows.put(Entry(job_id, capability, started, 0.0, 0, None, RUNNING, 0))
+    def begin(self, job_id: str, capability: str, started: str) -> asyncio.TimerHandle:
+        """A job has been sent to the worker; ``book`` it when it ends. Cancel what is returned then: most jobs end
+        before it is worth while to say that they run."""
+        row = Entry(job_id, capability, started, 0.0, 0, None, RUNNING, 0)
+        return asyncio.get_running_loop().call_later(RUNNING_SECONDS, self._rows.put, (row, None))
 
-    def add(self, entry: Entry) -> None:
-        """A job has ended, one that was begun or one that never came so far."""
+    async def book(self, entry: Entry) -> None:
+        """Return when the row of a job that has ended is in the file, or the disk has refused it (see ``error``)."""
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(_settle, done)
+
+        self._rows.put((entry, tell))
+        try:
+            async with asyncio.timeout(BOOK_SECONDS):
+                await done
+        except TimeoutError:
+            self.error = self.error or f"the disk has taken more than {BOOK_SECONDS:g} s for a row"
+            log.error("ledger %s: %s; no new jobs until it takes rows again", self.path, self.error)
+            self._rows.put((entry, None))  # once more: whenever that is written, the error is over
+
+    def add(self, entry: Entry, booked: Entry | None = None) -> None:
+        """A job has ended; count it. Its row is written unless it was ``booked`` just so."""
         self.totals.add(entry)
-        self._rows.put(entry)
+        if entry != booked:
+            self._rows.put((entry, None))
 
     async def close(self) -> None:
         """Write what is left and end the thread. May be called twice."""
-        self._closing.set()
-        self._rows.put(None)
+        self._rows.put((None, None))
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
         if self._database is not None:
@@ -161,29 +192,35 @@ class Ledger:
 
     def _write(self) -> None:
         pending: dict[str, Entry] = {}  # by job; a job that begins and ends within one interval is written once
-        while True:
-            last = self._gather(pending)
+        last = False
+        while not last:
+            last, tell = self._gather(pending)
             if pending and self._store(list(pending.values())):
                 pending.clear()
-            if last:
-                break
-            if len(pending) > MAX_PENDING:
-                self.lost += sum(row.outcome != RUNNING for row in pending.values())
-                pending.clear()
-        if pending:
-            log.error("ledger %s: %d rows could not be written: %s", self.path, len(pending), self.error)
+            self.waiting = len(pending)
+            for each in tell:
+                each()
+        for row in pending.values():
+            log.error("ledger %s: not written: %s", self.path, json.dumps(asdict(row)))
 
-    def _gather(self, pending: dict[str, Entry]) -> bool:
-        """Wait for a row, then take all that come within GATHER_SECONDS. True when the ledger is being closed."""
-        row = self._rows.get()
-        self._closing.wait(GATHER_SECONDS)
-        while row is not None:
-            pending[row.job_id] = row
+    def _gather(self, pending: dict[str, Entry]) -> tuple[bool, list[Callable[[], None]]]:
+        """Wait for rows, until somebody waits for one or for GATHER_SECONDS. Whether it is the end, and who waits."""
+        wait: float | None = RETRY_SECONDS if pending else None
+        end: float | None = None
+        tell: list[Callable[[], None]] = []
+        while True:
             try:
-                row = self._rows.get_nowait()
+                row, teller = self._rows.get(timeout=wait)
             except queue.Empty:
-                return False
-        return True
+                return False, tell
+            if row is None:
+                return True, tell
+            pending[row.job_id] = row
+            if teller is not None:
+                tell.append(teller)
+            now = time.monotonic()
+            end = now + GATHER_SECONDS if end is None else end
+            wait = 0.0 if tell else max(0.0, end - now)
 
     def _store(self, rows: list[Entry]) -> bool:
         assert self._database is not None
@@ -192,11 +229,18 @@ class Ledger:
                 self._database.executemany(_INSERT, map(astuple, rows))
         except sqlite3.Error as error:
             if str(error) != self.error:
-                log.error("ledger %s: %s; keeping the rows in memory", self.path, error)
+                log.error("ledger %s: %s; no new jobs until it takes rows again", self.path, error)
             self.error = str(error)
             return False
-        self.error = ""
+        was_refused, self.error = bool(self.error), ""
+        if was_refused:
+            log.info("ledger %s: written again", self.path)
         return True
+
+
+def _settle(done: asyncio.Future[None]) -> None:
+    if not done.done():  # whoever waited may have given up
+        done.set_result(None)
 
 
 # --- reading, for ``gpu-byoc usage``

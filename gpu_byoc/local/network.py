@@ -1,4 +1,4 @@
-"""``gpu-byoc livepeer ...``: the quickstart page's two ``livepeer`` commands, and ``gpu-byoc usage``.
+"""``gpu-byoc livepeer ...``: the quickstart page's two ``livepeer`` commands.
 
 Argument lists become an OrchestratorConfig or a GatewayConfig, and that runs until SIGTERM or SIGINT.
 """
@@ -6,25 +6,19 @@ Argument lists become an OrchestratorConfig or a GatewayConfig, and that runs un
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
+from typing import Final
 
 from gpu_byoc._version import VERSION
-from gpu_byoc.config import GatewayConfig, OrchestratorConfig
+from gpu_byoc.config import GatewayConfig, OrchestratorConfig, is_plain_url, read_orch_secret
 from gpu_byoc.errors import EXIT_USAGE, ConfigError, OperatorError
 from gpu_byoc.local import goflags
 from gpu_byoc.local.goflags import Flag, Value
-
-if TYPE_CHECKING:
-    from gpu_byoc.local.ledger import Usage
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +32,7 @@ FLAGS: Final = (
     Flag("byocContainerURL", "", "orchestrator: URL of the running container"),
     Flag("byocModelID", "", "orchestrator: the capability's name, as in X-Model-Id"),
     Flag("byocCapacity", 8, "orchestrator: jobs that the container may get at once"),
+    Flag("orchSecret", "", "orchestrator: file with the secret that workers register with; or ORCH_SECRET_FILE"),
     Flag("orchAddr", "127.0.0.1:8936", "gateway: orchestrators, separated by commas"),
     Flag("httpAddr", "127.0.0.1:8935", "gateway: where it takes jobs"),
     Flag("httpIngest", False, "gateway: take jobs over HTTP"),
@@ -51,19 +46,13 @@ FLAGS: Final = (
         ("datadir",),
     ),
     Flag("v", 3, "log level; 6 and more for debugging"),
+    Flag("logFormat", "text", "text, or json: one object a line"),
     Flag("version", False, "print the version"),
     Flag("help", False, "print this", ("h",)),
 )
 
-USAGE_FLAGS: Final = (
-    Flag("dataDir", "~/.lpData-orch", "the orchestrator's directory", ("datadir",)),
-    Flag("last", 20, "jobs to list; the totals are of all"),
-    Flag("json", False, "print JSON instead of a table"),
-    Flag("help", False, "print this", ("h",)),
-)
-
 _ONLY: Final = {
-    "orchestrator": ("serviceAddr", "byoc", "byocContainerURL", "byocModelID", "byocCapacity"),
+    "orchestrator": ("serviceAddr", "byoc", "byocContainerURL", "byocModelID", "byocCapacity", "orchSecret"),
     "gateway": ("orchAddr", "httpAddr", "httpIngest"),
 }
 
@@ -82,54 +71,15 @@ def main(argv: Sequence[str]) -> int:
         from gpu_byoc.transport.listen import keep_freed_memory
 
         config = read_config(values)
-        to_stderr(_int(values, "v"))
+        to_stderr(_int(values, "v"), _text(values, "logFormat"))
         _warn_unused(values)
+        _warn_of_secret(_text(values, "orchSecret"))
         keep_freed_memory()
         asyncio.run(_serve(config))
     except OperatorError as error:
         print(f"gpu-byoc livepeer: {error}", file=sys.stderr)
         return EXIT_USAGE
     return 0
-
-
-def usage_main(argv: Sequence[str]) -> int:
-    """Print the ledger of an orchestrator; returns the exit status."""
-    from gpu_byoc.local.ledger import read_usage
-
-    try:
-        values = goflags.parse(USAGE_FLAGS, argv)
-        if values["help"]:
-            print(f"gpu-byoc usage [flags]\n\n{goflags.usage(USAGE_FLAGS)}")
-            return 0
-        usage = read_usage(_directory(_text(values, "dataDir")), max(0, _int(values, "last")))
-    except OperatorError as error:
-        print(f"gpu-byoc usage: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    try:
-        print(_usage_json(usage) if values["json"] else _usage_text(usage), flush=True)
-    except BrokenPipeError:
-        # The reader has what it wanted (``| head``). Python would flush what is left at its end and complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
-def _usage_json(usage: Usage) -> str:
-    totals = {name: asdict(sums) for name, sums in usage.totals.items()}
-    return json.dumps({"jobs": [asdict(entry) for entry in usage.entries], "totals": totals}, indent=2)
-
-
-def _usage_text(usage: Usage) -> str:
-    if not usage.entries and not usage.totals:
-        return "no jobs yet"
-    from rich.console import Console
-
-    from gpu_byoc.local.report import usage_tables
-
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width; nothing is to be cut off
-    with console.capture() as captured:
-        for table in usage_tables(usage):
-            console.print(table)
-    return captured.get().rstrip("\n")
 
 
 def read_config(values: dict[str, Value]) -> OrchestratorConfig | GatewayConfig:
@@ -174,6 +124,7 @@ def _orchestrator(values: dict[str, Value]) -> OrchestratorConfig:
         container_url=url,
         model_id=model,
         capacity=_int(values, "byocCapacity"),
+        secret=read_orch_secret(_text(values, "orchSecret")),
         max_body=_int(values, "maxBody"),
     )
 
@@ -209,12 +160,7 @@ def address(text: str, flag: str) -> tuple[str, int]:
 
 def http_url(text: str, flag: str) -> str:
     """A URL that connections can be opened to, without a slash at its end."""
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or not text.isprintable() or " " in text or parts.query or parts.fragment or "@" in parts.netloc:
+    if not is_plain_url(text):
         raise ConfigError(f"{flag} {text}: not a URL like http://127.0.0.1:8000")
     return text.rstrip("/")
 
@@ -239,6 +185,11 @@ def _warn_unused(values: dict[str, Value]) -> None:
     unused = [f"-{name}" for name in _ONLY[other] if values[name] != defaults[name]]
     if unused:
         log.warning("without effect, because they are for the %s: %s", other, ", ".join(unused))
+
+
+def _warn_of_secret(given: str) -> None:
+    if given and not Path(given).is_file():
+        log.warning("-orchSecret: every user of this machine can read it in the list of processes; name a file")
 
 
 def _directory(text: str) -> Path:

@@ -1,4 +1,6 @@
-"""The local orchestrator: advertises one container, forwards jobs to it, and keeps the ledger.
+"""The local orchestrator: advertises containers, forwards jobs to them, and keeps the ledger.
+
+Containers are the one that its command line names, and those that register (see ``registry``).
 
 One job on the wire, as the quickstart page draws it: gateway -> ``POST /live/video-to-video`` with ``X-Model-Id`` ->
 the same request to the container -> its answer back, each way piece by piece.
@@ -24,22 +26,25 @@ from aiohttp import web
 from gpu_byoc._version import VERSION
 from gpu_byoc.config import OrchestratorConfig
 from gpu_byoc.errors import (
-    AllBusy,
     BadRequest,
     ContainerTimeout,
+    ContainerUnauthorized,
     ContainerUnreachable,
     Draining,
     GpuByocError,
+    LedgerUnavailable,
     NoCapacity,
-    NotReady,
 )
-from gpu_byoc.local.container import Container, State, reason_of
+from gpu_byoc.local.capabilities import Capabilities, unreachable
+from gpu_byoc.local.container import Container, reason_of
 from gpu_byoc.local.http1 import AnswerHead, Malformed
 from gpu_byoc.local.intake import Body, capability_of, content_type, refuse_coding
 from gpu_byoc.local.ledger import Entry, Ledger, billed, compute_seconds, utc
 from gpu_byoc.local.ports import Listener, listen
+from gpu_byoc.local.registry import Registry
 from gpu_byoc.local.relay import CLIENT_GONE, ROUTE, Ending, Exchange, Road, conclude, refusal
-from gpu_byoc.local.upstream import Origin, Pool
+from gpu_byoc.local.upstream import Pool
+from gpu_byoc.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -47,21 +52,29 @@ log = logging.getLogger(__name__)
 class _Job(Ending):
     """What the ledger will say about a job."""
 
-    __slots__ = ("began", "compute", "dispatched", "ended", "id", "started")
+    __slots__ = ("began", "booked", "capability", "compute", "dispatched", "ended", "id", "listing", "started")
 
-    def __init__(self) -> None:
+    def __init__(self, capability: str) -> None:
         super().__init__()
         self.id = uuid.uuid4().hex
+        self.capability = capability
         self.started = time.time()  # the wall clock, for people
         self.began = time.perf_counter()  # the steady one, for the bill
         self.ended: float | None = None
         self.dispatched = False
         self.compute: float | None = None
+        self.booked: Entry | None = None  # what the ledger was told before the answer ended
+        self.listing: asyncio.TimerHandle | None = None  # lists it as running if it takes long
 
-    def entry(self, capability: str) -> Entry:
-        wall = (self.ended or time.perf_counter()) - self.began
+    def entry(self) -> Entry:
+        """Its row. The job is over with that, as far as the ledger is concerned."""
+        if self.listing is not None:
+            self.listing.cancel()
+        if self.ended is None:
+            self.ended = time.perf_counter()
+        wall = self.ended - self.began
         cost = billed(wall, self.dispatched)
-        return Entry(self.id, capability, utc(self.started), wall, cost, self.compute, self.outcome, self.status)
+        return Entry(self.id, self.capability, utc(self.started), wall, cost, self.compute, self.outcome, self.status)
 
 
 class Orchestrator:
@@ -72,8 +85,8 @@ class Orchestrator:
         self.ledger = Ledger(config.datadir)
         self.running = 0
         self.outcomes: Counter[str] = Counter()  # of this run; refusals too, which the ledger does not have
-        self.container: Container | None = None
-        self._origin = Origin(config.container_url)
+        self.container: Container | None = None  # the one of the command line
+        self._capabilities: Capabilities | None = None
         self._pool = Pool()
         self._road = Road(self._pool, config.stall, config.job_timeout, ContainerTimeout, ContainerUnreachable)
         self._draining = False
@@ -98,12 +111,15 @@ class Orchestrator:
             stack.push_async_callback(self.ledger.close)
             stack.push_async_callback(self._pool.close)
             session = await stack.enter_async_context(aiohttp.ClientSession())
+            self._capabilities = Capabilities(session)
+            stack.push_async_callback(self._capabilities.close)
             status = web.get("/status", self._get_status)
             routes = [
                 web.post(ROUTE, self._post_job),
                 web.get("/process/token", self._get_token),
                 web.get("/health", self._get_health),
                 status,
+                *Registry(self._capabilities, config.secret).routes(),
             ]
             self._cli = await listen([status], config.cli_host, config.cli_port, "-cliAddr")
             stack.push_async_callback(self._cli.close)
@@ -111,12 +127,9 @@ class Orchestrator:
             stack.push_async_callback(self._listener.close)
             log.info("Orchestrator listening on %s (status on %s)", self._listener.url, self._cli.url)
             if config.byoc:
-                self.container = Container(config.container_url, config.model_id, session)
-                watch = asyncio.create_task(self.container.watch())
-                watch.add_done_callback(_say_if_it_broke)
-                stack.push_async_callback(_end, watch)
-            else:
-                log.warning("no -byoc flag: this orchestrator advertises no capability")
+                self.container = self._capabilities.fix(config.model_id, config.container_url, config.capacity)
+            elif not config.secret:
+                log.warning("no -byoc and no -orchSecret: this orchestrator advertises no capability")
             self._exits = stack.pop_all()
         return self
 
@@ -134,68 +147,109 @@ class Orchestrator:
         except GpuByocError as error:
             self.outcomes[error.code] += 1
             return refusal(error)
-        job = _Job()
+        job = _Job(container.capability)
         self.running += 1
         try:
-            work = self._forward(request, container, body, job)
-            return await conclude(request, work, job, {"X-Job-Id": job.id})
+            with about(job=job.id):
+                work = self._place(request, container, body, job)
+                response = await conclude(request, work, job, {"X-Job-Id": job.id})
+                if job.booked is None:
+                    await self._book(job)
+                return response
         finally:
             if job.outcome == CLIENT_GONE and self._draining:
                 job.outcome, job.status = Draining.code, Draining.status  # it took too long to end
             self.running -= 1
             self.outcomes[job.outcome] += 1
-            self.ledger.add(job.entry(container.capability))
+            self.ledger.add(job.entry(), job.booked)
 
     def _admit(self, request: web.Request) -> tuple[Container, Body]:
         """Whether this job may start now. Raises what it is refused with; nothing was started then."""
+        assert self._capabilities is not None
         capability = capability_of(request)
         refuse_coding(request)
-        container = self.container
-        if container is None or capability != container.capability:
-            raise NoCapacity(f"No capacity available for capability {capability}: this orchestrator does not have it")
-        if self._draining:
+        if self._draining and self._capabilities.of(capability):
             raise Draining("this orchestrator is shutting down")
-        if container.state is State.LOADING:
-            raise NotReady(f"the container {container.url} is not ready: {container.reason}")
-        if container.state is State.DOWN:
-            raise _unreachable(container, container.reason)
-        body = Body(request, self.config.max_body)
-        if self.running >= self.config.capacity:
-            raise AllBusy(f"{capability}: all {self.config.capacity} places of this orchestrator are taken")
-        return container, body
+        if self.ledger.error:
+            raise LedgerUnavailable(f"the ledger cannot be written ({self.ledger.error}), so no job can be booked")
+        return self._capabilities.pick(capability), Body(request, self.config.max_body)
 
-    async def _forward(self, request: web.Request, container: Container, body: Body, job: _Job) -> web.StreamResponse:
-        log.info("Job received from gateway: %s", container.capability)
-        headers = [content_type(request), ("X-Model-Id", container.capability)]
-        async with self._road.exchange(self._origin, body) as exchange:
-            try:
-                await self._start(exchange, headers, container, job)
-                head = await self._answer(exchange, container)
-                job.compute = compute_seconds(head.headers.get("x-metadata"))
-                job.status = head.status
-                response = await exchange.send_back(request, head, {"X-Job-Id": job.id})
-                job.outcome = "ok" if head.status < 400 else "worker_error"
+    async def _place(self, request: web.Request, container: Container, body: Body, job: _Job) -> web.StreamResponse:
+        """Forward the job to the container, or to the next one if nothing of the job could be sent there."""
+        assert self._capabilities is not None
+        log.info("Job received from gateway: %s", job.capability)
+        while True:
+            with container.busy():
+                response = await self._forward(request, container, body, job)
+            if isinstance(response, web.StreamResponse):
                 return response
+            log.warning("%s: %s", job.capability, response)
+            try:
+                container = self._capabilities.pick(job.capability)
+            except (NoCapacity, ContainerUnreachable):
+                raise response from None
+
+    async def _forward(
+        self, request: web.Request, container: Container, body: Body, job: _Job
+    ) -> web.StreamResponse | ContainerUnreachable:
+        """The answer, or why the container never heard of the job."""
+        token = container.token
+        headers = [content_type(request), ("X-Model-Id", container.capability)]
+        headers += [("Authorization", f"Bearer {token}")] if token else []
+        async with self._road.exchange(container.origin, body) as exchange:
+            try:
+                await exchange.start(headers)
+            except OSError as error:
+                lost = container.slow if isinstance(error, TimeoutError) else container.refused
+                lost(reason_of(error))
+                return unreachable(container, reason_of(error))
+            try:
+                self._dispatched(job)
+                head = await self._answer(exchange, container, token)
+                job.compute = compute_seconds(head.headers.get("x-metadata"))
+                return await self._send_back(request, exchange, head, job)
             finally:
                 job.ended = exchange.ended
 
-    async def _start(self, exchange: Exchange, headers: list[tuple[str, str]], container: Container, job: _Job) -> None:
-        try:
-            await exchange.start(headers)
-        except OSError as error:
-            container.refused(reason_of(error))
-            raise _unreachable(container, reason_of(error)) from error
+    def _dispatched(self, job: _Job) -> None:
         job.dispatched = True
-        self.ledger.begin(job.id, container.capability, utc(job.started))
+        job.listing = self.ledger.begin(job.id, job.capability, utc(job.started))
         log.info("Forwarded to BYOC container")
 
-    async def _answer(self, exchange: Exchange, container: Container) -> AnswerHead:
+    async def _send_back(
+        self, request: web.Request, exchange: Exchange, head: AnswerHead, job: _Job
+    ) -> web.StreamResponse:
+        outcome = "ok" if head.status < 400 else "worker_error"
+
+        async def whole() -> None:
+            job.outcome, job.status, job.ended = outcome, head.status, exchange.ended
+            await self._book(job)
+            job.outcome = "internal"  # until the client has it
+
+        job.status = head.status
+        response = await exchange.send_back(request, head, {"X-Job-Id": job.id}, whole)
+        job.outcome = outcome
+        return response
+
+    async def _book(self, job: _Job) -> None:
+        """What the client gets the end of is in the ledger."""
+        job.booked = job.entry()
+        await self.ledger.book(job.booked)
+
+    async def _answer(self, exchange: Exchange, container: Container, token: str) -> AnswerHead:
         try:
             head = await exchange.head()
         except (OSError, Malformed) as error:
+            container.doubt()
             raise ContainerUnreachable(
                 f"the container {container.url} broke off without an answer: {error}; see its log"
             ) from error
+        if head.status == 401:
+            container.unauthorized(token)
+            raise ContainerUnauthorized(
+                f"the container {container.url} does not take "
+                + ("the token that it registered with" if token else "jobs without a token, and has not registered")
+            )
         log.info("Container response received, returning to gateway")
         return head
 
@@ -210,7 +264,7 @@ class Orchestrator:
         capability = request.headers.get("Livepeer-Capability", "")
         if not capability:
             return refusal(BadRequest("the header Livepeer-Capability is missing or empty"))
-        state, free = self._room(capability)
+        state, free, reason = self._room(capability)
         token: dict[str, Any] = {
             "sender_address": address,
             "price": {"pixelsPerUnit": 1},
@@ -219,20 +273,19 @@ class Orchestrator:
             # Not go-livepeer's: why there is none, so that a gateway can say so.
             "capability_state": state,
         }
-        if state in (State.DOWN, State.LOADING) and self.container is not None:
-            token["reason"] = f"container {self.container.url}: {self.container.reason}"
-        return web.json_response(token)
+        return web.json_response(token | ({"reason": reason} if reason else {}))
 
-    def _room(self, capability: str) -> tuple[str, int]:
-        """The capability's state in a word, and how many more jobs may come."""
-        container = self.container
-        if container is None or container.capability != capability:
-            return "unknown", 0
+    def _room(self, capability: str) -> tuple[str, int, str]:
+        """The capability's state in a word, how many more jobs may come, and why there are none."""
+        assert self._capabilities is not None
+        state, free, reason = self._capabilities.room(capability)
+        if state == "unknown":
+            return state, 0, ""
         if self._draining:
-            return "draining", 0
-        if container.state is not State.READY:
-            return container.state, 0
-        return container.state, max(0, self.config.capacity - self.running)
+            return "draining", 0, ""
+        if self.ledger.error:
+            return "unbooked", 0, f"its ledger cannot be written: {self.ledger.error}"
+        return state, free, reason
 
     def _service_addr(self, request: web.Request) -> str:
         assert self._listener is not None
@@ -248,24 +301,12 @@ class Orchestrator:
 
     def status(self) -> dict[str, Any]:
         """What ``GET /status`` answers."""
-        capabilities = []
-        if (container := self.container) is not None:
-            capabilities.append(
-                {
-                    "name": container.capability,
-                    "container_url": container.url,
-                    "state": container.state,
-                    "reason": container.reason,
-                    "capacity": self.config.capacity,
-                    "running": self.running,
-                }
-            )
         totals = self.ledger.totals
         return {
             "role": "orchestrator",
             "version": VERSION,
             "service_addr": self._listener.url if self._listener else None,
-            "capabilities": capabilities,
+            "capabilities": self._capabilities.describe() if self._capabilities else [],
             "outcomes": dict(self.outcomes),
             "ledger": {
                 "path": str(self.ledger.path),
@@ -274,16 +315,9 @@ class Orchestrator:
                 "billed_seconds": totals.billed_seconds,
                 "compute_seconds": totals.compute_seconds,
                 "error": self.ledger.error or None,
-                "lost": self.ledger.lost,
+                "waiting": self.ledger.waiting,
             },
         }
-
-
-def _unreachable(container: Container, reason: str) -> ContainerUnreachable:
-    return ContainerUnreachable(
-        f"cannot reach the BYOC container {container.url}: {reason}. Is it running, does it listen on 0.0.0.0, "
-        "and is -byocContainerURL its address?"
-    )
 
 
 def _eth_address(header: str | None) -> dict[str, str]:
@@ -300,13 +334,3 @@ def _eth_address(header: str | None) -> dict[str, str]:
     if not isinstance(value, dict):
         raise BadRequest("the header Livepeer-Eth-Address is not base64 of a JSON object")
     return {key: text for key in ("addr", "sig") if isinstance(text := value.get(key), str)}
-
-
-def _say_if_it_broke(watch: asyncio.Task[None]) -> None:
-    if not watch.cancelled() and (bug := watch.exception()) is not None:
-        log.critical("the container is not watched any more", exc_info=bug)
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])

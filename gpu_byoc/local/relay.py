@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -91,9 +91,16 @@ class Exchange:
         return piece
 
     async def send_back(
-        self, request: web.BaseRequest, head: AnswerHead, extra: dict[str, str] | None = None
+        self,
+        request: web.BaseRequest,
+        head: AnswerHead,
+        extra: dict[str, str] | None = None,
+        whole: Callable[[], Awaitable[None]] | None = None,
     ) -> web.StreamResponse:
-        """Stream the answer to the client. Raises BrokenOff or ClientGone; the caller must then ``hang_up``."""
+        """Stream the answer to the client. Raises BrokenOff or ClientGone; the caller must then ``hang_up``.
+
+        ``whole`` is awaited once, when all of it has come in and before the client has the end of it.
+        """
         response = web.StreamResponse(status=head.status, headers=extra)
         headers = response.headers
         for name in RELAYED:
@@ -106,10 +113,16 @@ class Exchange:
         try:
             await response.prepare(request)
             while piece := await self._rest():
+                assert self._connection is not None
+                if whole is not None and self._connection.drained:
+                    await whole()
+                    whole = None
                 progress.to_client = True
                 await response.write(piece)
                 progress.to_client = False
                 progress.moved()
+            if whole is not None:
+                await whole()
         except OSError as error:
             raise ClientGone("the client went away in the middle of its answer") from error
         return response

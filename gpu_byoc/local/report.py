@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from gpu_byoc.local.ledger import Totals, Usage
 
+if TYPE_CHECKING:
+    from gpu_byoc.local.usage import Second
+
 
 def usage_tables(usage: Usage) -> list[Table]:
     """The latest jobs, and the totals of all by capability."""
     return [_jobs(usage), _totals(usage)]
+
+
+def seconds_table(seconds: Sequence[Second]) -> Table:
+    """What each stream had of the device, second by second."""
+    table = Table(title="the last minute, by second and stream", box=box.SIMPLE)
+    table.add_column("second (UTC)", no_wrap=True)
+    table.add_column("stream", overflow="fold")
+    for name in ("frames", "batches", "compute s", "copy s", "queue s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in seconds:
+        spent = (each.compute_seconds, each.copy_seconds, each.queue_seconds)
+        at = datetime.fromtimestamp(each.second, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        counts = (str(each.frames), str(each.batches))
+        table.add_row(at, Text(each.name), *counts, *(f"{number:.6f}" for number in spent))
+    return table
 
 
 def _jobs(usage: Usage) -> Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 
+from gpu_byoc.config import is_plain_url
 from gpu_byoc.errors import AllBusy, ContainerUnreachable, GpuByocError, NoCapability, NotReady, OrchestratorUnreachable
 from gpu_byoc.local.container import reason_of
 from gpu_byoc.local.upstream import Origin
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 ASK_SECONDS: Final = 0.5  # go-livepeer's limit for one token call
 ASK_AGAIN_SECONDS: Final = 0.05  # a token that says "full" is believed for so long before a job is refused over it
+MAX_TOKEN: Final = 64 * 1024  # bytes
 UNSIGNED: Final = base64.b64encode(b'{"addr": "", "sig": "0x"}').decode()
 
 
@@ -95,7 +98,8 @@ def why_none(capability: str, peers: Sequence[Peer], tokens: Sequence[Token]) ->
         by_state.setdefault("full" if token.state == "ready" else token.state, token)
     if "full" in by_state:
         return AllBusy(f"every orchestrator that has the capability {capability} is busy; try again")
-    for state, kind in (("loading", NotReady), ("draining", NotReady), ("down", ContainerUnreachable)):
+    kinds = {"loading": NotReady, "draining": NotReady, "unbooked": NotReady, "down": ContainerUnreachable}
+    for state, kind in kinds.items():
         if state in by_state:
             token = by_state[state]
             return kind(f"{nobody}: {token.peer.url} has it, but not now: {token.reason or state}")
@@ -188,17 +192,27 @@ class TokenBook:
                 if answer.status != 200:
                     peer.error = f"it answered {answer.status} to GET /process/token"
                     return None
-                token = _read_token(peer, await answer.json(content_type=None), jobs)
+                token = _read_token(peer, json.loads(await _text(answer)), jobs)
         except aiohttp.ClientConnectorError as error:
             peer.error = reason_of(error.os_error)
         except TimeoutError:
             peer.error = f"no answer within {ASK_SECONDS} s"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
             peer.error = str(error) or type(error).__name__
         else:
             peer.error = ""
             return token
         return None
+
+
+async def _text(answer: aiohttp.ClientResponse) -> bytes:
+    """Raises ValueError for more than a token has."""
+    text = bytearray()
+    async for piece in answer.content.iter_any():
+        text += piece
+        if len(text) > MAX_TOKEN:
+            raise ValueError(f"its token is longer than {MAX_TOKEN} bytes")
+    return bytes(text)
 
 
 def _read_token(peer: Peer, value: Any, jobs: int) -> Token:
@@ -209,7 +223,7 @@ def _read_token(peer: Peer, value: Any, jobs: int) -> Token:
     address = value.get("service_addr", peer.url)
     if isinstance(capacity, bool) or not isinstance(capacity, int):
         raise ValueError("its token's available_capacity is not a number")
-    if not isinstance(address, str) or not address.startswith(("http://", "https://")):
+    if not isinstance(address, str) or not is_plain_url(address):
         raise ValueError("its token's service_addr is not a URL")
     peer.called(address)
     # An orchestrator that is not ours says no more than 0 for a capability that it does not have, or has no room for.

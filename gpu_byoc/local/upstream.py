@@ -66,6 +66,11 @@ class Connection(asyncio.Protocol):
         """Whether another exchange can begin on it."""
         return self._error is None and not self._busy and self._transport is not None
 
+    @property
+    def drained(self) -> bool:
+        """Whether the whole answer has come in and been read, but for the ``read`` that says so."""
+        return self._parser.done and not self._pieces
+
     def begin(self, head: bytes) -> None:
         """Send a request's head; the caller must now ``write`` its body and ``read`` the answer to its end."""
         self._parser = AnswerParser()

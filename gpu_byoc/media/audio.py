@@ -99,7 +99,7 @@ class OpusTranscoder:
         self._encoder.bit_rate = _OPUS_BITS * self.track.channels
         self._encoder.time_base = Fraction(1, OPUS_RATE)
         self._start: int | None = None  # where the first sample is, 90 kHz
-        self._taken = 0  # samples from there to the end of what came in
+        self._taken = Fraction(0)  # 90 kHz ticks of sound from there on; exact, as rounding adds up over hours
         self._given = 0  # samples from there to the end of what the encoder has
 
     def convert(self, packet: AudioPacket) -> list[AudioPacket]:
@@ -133,7 +133,7 @@ class OpusTranscoder:
     def _add(self, frame: AudioFrame, pts: int) -> list[AudioPacket]:
         done: list[AudioPacket] = []
         if self._start is not None:
-            expected = self._start + _ticks(self._taken)
+            expected = self._start + self._taken
             if pts < expected - _ticks(_OPUS_FRAME):
                 self.skipped += 1
                 return done
@@ -142,7 +142,7 @@ class OpusTranscoder:
         if self._start is None:
             self._start = pts
         frame.pts = None  # time is counted here, in samples
-        self._taken += frame.samples * OPUS_RATE // frame.sample_rate
+        self._taken += Fraction(frame.samples * CLOCK, frame.sample_rate)
         for part in self._resampler.resample(frame):
             part.pts = None
             self._fifo.write(part)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import av.error
 from av.video.codeccontext import VideoCodecContext
@@ -51,6 +51,31 @@ DecodeEvent: TypeAlias = VideoInfo | Frame | Problem
 StreamEvent: TypeAlias = Tracks | AudioPacket | DecodeEvent
 
 
+class Reader(Protocol):
+    """Bytes of a live MPEG transport stream -> frames, audio packets and problems, in order.
+
+    ``feed``, ``end_segment`` and ``finish`` answer iterators that decode as they are read, so that one frame at a time
+    is in memory however much was fed. Read each to its end before the next call; what is not read is lost.
+    """
+
+    def open(self) -> None:
+        """Get ready, ahead of the first bytes, on the thread that will read."""
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[StreamEvent]: ...
+
+    def end_segment(self) -> Iterator[StreamEvent]:
+        """The publisher's segment is over: nothing in it waits for more."""
+
+    def finish(self) -> Iterator[StreamEvent]:
+        """The end of input: everything that is still inside comes out."""
+
+    def stop(self) -> None:
+        """From any thread: what is being read ends, without the rest of it. May be called twice."""
+
+    def close(self) -> None:
+        """Nothing of it is left. May be called twice, and at any time."""
+
+
 class VideoDecoder:
     """``decode`` each picture in the order of coding; ``lost`` when some are missing; ``flush`` at the end.
 
@@ -70,8 +95,10 @@ class VideoDecoder:
     def _open(self) -> VideoCodecContext:
         context = VideoCodecContext.create(self.codec, "r")
         context.thread_count = 1
-        # The decoder refuses before it allocates; twice the limit as it counts whole macroblocks.
-        context.options = {"max_pixels": str(2 * self._limits.max_pixels)}
+        # The decoder refuses by the sequence header, before it allocates. It counts what is coded, whole macroblocks
+        # of 16x16, 16x32 if interlaced; what is shown is checked here.
+        most = self._limits.max_pixels + (15 + 31) * self._limits.max_side + 15 * 31
+        context.options = {"max_pixels": str(most)}
         return context
 
     def decode(self, picture: Picture) -> list[DecodeEvent]:
@@ -173,11 +200,7 @@ class VideoDecoder:
 
 
 class StreamReader:
-    """Bytes of a live MPEG transport stream -> frames, audio packets and problems, in order.
-
-    ``feed``, ``end_segment`` and ``finish`` answer iterators that decode as they are read, so that one frame at a time
-    is in memory however much was fed. Read each to its end before the next call; what is not read is lost.
-    """
+    """The ``Reader`` of this process. A call takes as long as a frame takes to decode, so there is nothing to stop."""
 
     def __init__(self, limits: Limits | None = None, on_picture: Callable[[int], None] | None = None) -> None:
         """``on_picture`` is told the PTS of each picture as it goes into the decoder, which may hold it back."""
@@ -190,11 +213,18 @@ class StreamReader:
         return self._decoded(self._demuxer.feed(data))
 
     def end_segment(self) -> Iterator[StreamEvent]:
-        """The publisher's segment is over: nothing in it waits for more."""
         return self._decoded(self._demuxer.end_segment())
 
+    def open(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._decoder = None  # its pictures are the largest thing a stream holds; they do not wait for the collector
+
     def finish(self) -> Iterator[StreamEvent]:
-        """The end of input: everything that is still inside comes out."""
         yield from self._decoded(self._demuxer.finish())
         if self._decoder is not None:
             yield from self._decoder.flush()

@@ -123,12 +123,24 @@ class Segmenter:
         self._video = _Counter(_VIDEO_PID)
         self._sound = _Counter(_AUDIO_PID)
         self._start: int | None = None
+        self._passed = False  # a heavy frame was let off in this segment
         self._shown = 0
         self._waiting: deque[AudioPacket] = deque()
 
-    def wants_key(self, pts: int) -> bool:
-        """Whether the frame shown at ``pts`` should be a keyframe: a segment's time is over, or there is none yet."""
-        return self._start is None or pts - self._start >= self._seconds
+    def wants_key(self, pts: int, heavy: bool = False) -> bool:
+        """Whether the frame shown at ``pts`` should be a keyframe: a segment's time is over, or there is none yet.
+
+        ``heavy``: the frame was a keyframe of the input, several times the work of another one. Then the next will do,
+        once a segment: a keyframe is decoded and another one encoded in different frames' time, and as both come at the
+        same intervals as a rule, this moves them apart for good.
+        """
+        if self._start is None:
+            return True
+        due = pts - self._start >= self._seconds
+        if due and heavy and not self._passed:
+            self._passed = True
+            return False
+        return due
 
     def video(self, picture: CodedPicture) -> list[Piece]:
         """The picture's bytes; a keyframe starts a segment when it is time. Pictures before the first one are lost."""
@@ -138,7 +150,7 @@ class Segmenter:
         parts, before = [], b""
         if starts:
             before = self._due(picture.pts) if self._start is not None else b""
-            parts, self._start = [self._tables()], picture.pts
+            parts, self._start, self._passed = [self._tables()], picture.pts, False
         data = picture.data if nal.starts_with_aud("h264", picture.data) else _AUD + picture.data
         pes = _pes(0xE0, picture.pts, picture.dts, data, False, 8)
         parts.append(self._video.pes(pes, 0x40 if picture.key else 0, max(0, picture.dts - _PCR_LEAD)))

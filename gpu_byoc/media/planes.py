@@ -113,6 +113,8 @@ class ToSlot:
 
 def covering(width: int, height: int, spec: FrameSpec) -> tuple[int, int]:
     """The size to which a picture is scaled so that it covers ``spec``, its shape kept. Raises TooLarge."""
+    if (width, height) == (spec.width, spec.height):
+        return width, height
     scale = max(Fraction(spec.width, width), Fraction(spec.height, height))
     if scale <= 1 and spec.width >= width - 1 and spec.height >= height - 1:
         return width, height  # an odd row or column is cut off, not scaled away

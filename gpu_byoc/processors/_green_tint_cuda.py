@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Final
 
+from gpu_byoc.processors import _cubins
+
 SOURCE: Final = r"""
 // min(x, 255 - boost) + boost on every third byte from byte 1 on. A thread adds to 16 bytes at a time; because
 // 16 % 3 == 1 and 4 % 3 == 1, word w of the thread's vector i starts at channel (i + w) % 3.
@@ -41,6 +43,16 @@ THREADS: Final = 256
 MAX_BLOCKS: Final = 1 << 16  # beyond 268 MB the threads loop
 
 
+def triton_kernel(frames: Any, params: Any) -> Any:
+    """One pass with 16-byte accesses, for torch. Needs triton, which torch's CUDA builds bring, and a C compiler."""
+    if not (frames.is_cuda and frames.is_contiguous()) or frames.data_ptr() % 16:
+        raise ValueError("the Triton kernel needs contiguous frames on a GPU, from a multiple of 16 bytes on")
+    from gpu_byoc.processors._green_tint_triton import tint
+
+    tint(frames, params.boost)
+    return frames
+
+
 def torch_kernel(frames: Any, params: Any) -> Any:
     """Two passes over the green channel, without temporaries; the limit keeps uint8 from wrapping."""
     frames[..., 1].clamp_(max=255 - params.boost).add_(params.boost)
@@ -48,18 +60,19 @@ def torch_kernel(frames: Any, params: Any) -> Any:
 
 
 @cache
-def _compiled() -> Any:
-    import cupy
-
-    return cupy.RawKernel(SOURCE, "green_tint", options=("--std=c++17",))
+def _compiled(device: int) -> Any:
+    """Once for each device: machine code belongs to the one that loaded it."""
+    return _cubins.kernel("green_tint", SOURCE)
 
 
 def cupy_kernel(frames: Any, params: Any) -> Any:
     """One pass with 16-byte accesses. ``frames`` is contiguous and starts at a multiple of 16 bytes."""
+    import cupy
     import numpy as np
 
     if not frames.flags.c_contiguous or frames.data.ptr % 16:
         raise ValueError("the cupy kernel of green_tint needs contiguous frames from a multiple of 16 bytes on")
     blocks = min(MAX_BLOCKS, -(-frames.nbytes // (16 * THREADS)))
-    _compiled()((blocks,), (THREADS,), (frames, np.uint64(frames.nbytes), np.uint32(params.boost)))
+    kernel = _compiled(cupy.cuda.runtime.getDevice())
+    kernel((blocks,), (THREADS,), (frames, np.uint64(frames.nbytes), np.uint32(params.boost)))
     return frames

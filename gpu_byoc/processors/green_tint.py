@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from gpu_byoc.processor import ArrayProcessor, Kernel
-from gpu_byoc.processors._green_tint_cuda import cupy_kernel, torch_kernel
+from gpu_byoc.processors._green_tint_cuda import cupy_kernel, torch_kernel, triton_kernel
 
 ROW_BYTES = 11520
 """Length of the pattern row of the numpy kernel: 3840 pixels. Short rows spend their time between numpy's inner
@@ -52,12 +52,16 @@ class GreenTint(ArrayProcessor):
     class Params:
         boost: int = dataclasses.field(default=80, metadata={"min": 0, "max": 255})
 
-    kernels: ClassVar[dict[str, Kernel]] = {"numpy": numpy_kernel, "torch": torch_kernel, "cupy": cupy_kernel}
+    kernels: ClassVar[dict[str, Kernel | tuple[Kernel, ...]]] = {
+        "numpy": numpy_kernel,
+        "torch": (triton_kernel, torch_kernel),
+        "cupy": cupy_kernel,
+    }
 
     def process_batch(self, frames: Any, params: Params, xp: Any) -> Any:
         tinted = xp.asarray(frames, copy=True)
         green = tinted[..., 1]
-        limit = xp.asarray(255 - params.boost, dtype=xp.uint8, device=frames.device)
-        step = xp.asarray(params.boost, dtype=xp.uint8, device=frames.device)
-        tinted[..., 1] = xp.where(green < limit, green, limit) + step
+        # A uint8 sum wraps; where it does, all bits are set. No scalar becomes an array: torch would wait for its copy.
+        over = xp.astype(green > 255 - params.boost, xp.uint8) * 255
+        tinted[..., 1] = (green + params.boost) | over
         return tinted

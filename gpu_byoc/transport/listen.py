@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import logging
 import socket
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from gpu_byoc.errors import ConfigError, PortInUse
 
@@ -21,6 +23,11 @@ the latency of gateway -> orchestrator -> worker."""
 
 BACKLOG = 1024
 """Connections that may wait to be accepted: clients that come all at once are queued, not refused."""
+
+
+KEEP_SECONDS = 75.0
+"""How long a connection may be idle between two requests: nginx's default, and that of aiohttp's ``run_app``. What
+``AppRunner`` takes by itself is an hour, in which each keeps a place from others."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -40,18 +47,43 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
-async def serve(app: web.Application, sock: socket.socket, shutdown: float) -> web.AppRunner:
-    """Serve ``app`` on ``sock``. The caller ends it with ``runner.cleanup()``, which waits up to ``shutdown`` seconds
-    for handlers. A handler is cancelled when its client goes away. Bodies are not decompressed: one that is longer than
-    its Content-Length says is how requests are smuggled through a relay."""
-    runner = web.AppRunner(
+def make_runner(app: web.Application, shutdown: float) -> web.AppRunner:
+    """How we serve: a handler is cancelled when its client goes away, and ``cleanup()`` waits up to ``shutdown``
+    seconds for handlers. Bodies are not decompressed: one that is longer than its Content-Length says is how requests
+    are smuggled through a relay."""
+    return web.AppRunner(
         app,
         access_log=None,
         handler_cancellation=True,
         shutdown_timeout=shutdown,
+        keepalive_timeout=KEEP_SECONDS,
         read_bufsize=READ_BUFFER,
         auto_decompress=False,
+        logger=_log,
     )
+
+
+class _Malformed(logging.Filter):
+    """What is no HTTP is answered with 400 and is its sender's affair. aiohttp logs each as an error, with a traceback:
+    anybody could fill the log, and set off alarms."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        # An Expect header that is no UTF-8 breaks aiohttp's own refusal of it, before any of our code is asked.
+        expect = isinstance(error, UnicodeEncodeError) and error.object.startswith("Unknown Expect: ")
+        if not expect and not isinstance(error, HttpProcessingError):
+            return True
+        _log.debug("not HTTP: %s", " ".join(str(error).split())[:200])
+        return False
+
+
+_log = logging.getLogger("gpu_byoc.http")
+_log.addFilter(_Malformed())
+
+
+async def serve(app: web.Application, sock: socket.socket, shutdown: float) -> web.AppRunner:
+    """Serve ``app`` on ``sock``. The caller ends it with ``runner.cleanup()``."""
+    runner = make_runner(app, shutdown)
     await runner.setup()
     try:
         await web.SockSite(runner, sock, backlog=BACKLOG).start()

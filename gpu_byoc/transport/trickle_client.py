@@ -17,17 +17,20 @@ What is asked next and what an answer means is decided in ``core/cursor.py``.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from types import TracebackType
 from typing import Final, Self
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
 
-from gpu_byoc.core.cursor import Ask, Backoff, End, Read, Subscription
+from gpu_byoc.core.cursor import OLDEST, Ask, Backoff, End, Read, Subscription
 from gpu_byoc.core.trickle import NEWEST
 from gpu_byoc.errors import SegmentFailed
+from gpu_byoc.redact import redacted
 from gpu_byoc.transport.trickle_publish import OutgoingSegment, Publisher, words
 
-__all__ = ["IncomingSegment", "OutgoingSegment", "Publisher", "Subscriber", "open_session"]
+__all__ = ["OLDEST", "IncomingSegment", "OutgoingSegment", "Publisher", "Subscriber", "open_session"]
 
 CONNECT_SECONDS: Final = 10.0
 REISSUE_SECONDS: Final = 20.0
@@ -39,11 +42,13 @@ STALL_SECONDS: Final = 60.0
 READ_LIMIT: Final = 16 << 20
 
 
-def open_session(insecure: bool = False) -> aiohttp.ClientSession:
+def open_session(tls: ssl.SSLContext | bool = True, resolver: AbstractResolver | None = None) -> aiohttp.ClientSession:
     """A session for any number of channels; the caller closes it. There is no limit on connections, since most of them
-    only wait, and none on the time of a request as a whole. ``insecure`` takes any TLS certificate."""
+    only wait, and none on the time of a request as a whole. ``tls`` is what ``tls.tls`` answers, False takes any
+    certificate. ``resolver`` is asked for each connection to a host that is a name."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ssl=not insecure),
+        connector=aiohttp.TCPConnector(limit=0, ssl=tls, resolver=resolver, use_dns_cache=resolver is None),
+        cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
     )
 
@@ -69,14 +74,16 @@ class Subscriber:
         reissue: float = REISSUE_SECONDS,
         stall: float = STALL_SECONDS,
         backoff: Backoff | None = None,
+        label: str = "",
     ) -> None:
-        """``start`` is an index, NEWEST or NEXT."""
+        """``start`` is an index, NEWEST, NEXT or OLDEST. ``label`` is what errors call the channel; its URL is a secret
+        and is not in their texts."""
         self.ended: End | None = None
         self._session = session
         self._url = url.rstrip("/")
         self._reissue = reissue
         self._stall = stall
-        self._cursor = Subscription(start, backoff, self._url)
+        self._cursor = Subscription(start, backoff, label or redacted(self._url))
         self._ahead: asyncio.Task[IncomingSegment | End] | None = None
         self._current: IncomingSegment | None = None
 
@@ -136,10 +143,10 @@ class Subscriber:
                 async with asyncio.timeout(self._reissue) as patience:
                     response = await self._session.get(f"{self._url}/{ask.seq}", allow_redirects=False)
             except TimeoutError as error:
-                ask = self._cursor.quiet() if patience.expired() else self._cursor.failed(words(error))
+                ask = self._cursor.quiet() if patience.expired() else self._cursor.failed(words(error, self._url))
                 continue
             except (aiohttp.ClientError, OSError) as error:
-                ask = self._cursor.failed(words(error))
+                ask = self._cursor.failed(words(error, self._url))
                 continue
             got: IncomingSegment | End | None = None
             try:
@@ -167,6 +174,7 @@ class IncomingSegment:
         self.content_type = response.headers.get("Content-Type", "")
         self.received = 0
         self._response = response
+        self._url = str(response.url).rpartition("/")[0]
         self._stall = stall
 
     def __aiter__(self) -> Self:
@@ -181,7 +189,7 @@ class IncomingSegment:
             raise SegmentFailed(self.seq, f"no byte for {self._stall:g} s after {self.received}") from None
         except (aiohttp.ClientError, OSError) as error:
             self.close()
-            raise SegmentFailed(self.seq, f"cut off after {self.received} bytes: {words(error)}") from error
+            raise SegmentFailed(self.seq, f"cut off after {self.received} bytes: {words(error, self._url)}") from error
         if not data:
             raise StopAsyncIteration
         self.received += len(data)

@@ -11,9 +11,12 @@ from types import TracebackType
 from typing import Final, Self
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.payload import Payload
 
 from gpu_byoc.core.cursor import RESET, Backoff, End, Publication, Retry, Skip, Stored, first_index
 from gpu_byoc.errors import ChannelClosed, ChannelFailed, SegmentFailed
+from gpu_byoc.redact import redacted, scrubbed
 
 PROGRESS_SECONDS: Final = 5.0
 """How long the server may take for a piece of a body, or to confirm a finished one, as in livepeer_gateway. There is
@@ -48,9 +51,12 @@ class Publisher:
         delete: bool = False,
         progress: float = PROGRESS_SECONDS,
         backoff: Backoff | None = None,
+        label: str = "",
     ) -> None:
+        """``label`` is what errors call the channel; its URL is a secret and is not in their texts."""
         self.ended: End | None = None
         self.url = url.rstrip("/")
+        self.label = label or redacted(self.url)
         self.session = session
         self._headers = {"Content-Type": content_type}
         self._first = first
@@ -65,9 +71,9 @@ class Publisher:
         reset = False
         if self._first is None:
             first = await self._ask_next()
-            self._place, reset = Publication(first, self._backoff, self.url, met=True), first > 0
+            self._place, reset = Publication(first, self._backoff, self.label, met=True), first > 0
         else:
-            self._place = Publication(self._first, self._backoff, self.url)
+            self._place = Publication(self._first, self._backoff, self.label)
         # The publisher before us may have left segments that readers still wait for.
         self._ahead = self._post(self._place, {RESET: "1"} if reset else {})
         return self
@@ -117,12 +123,15 @@ class Publisher:
             await self._delete_channel()
 
     def closed(self, end: End) -> ChannelClosed:
-        return ChannelClosed(f"{self.url} is closed ({end.why}) and takes nothing more")
+        return ChannelClosed(f"{self.label} is closed ({end.why}) and takes nothing more")
 
     async def release(self, seq: int) -> None:
         """Tell the server that a broken segment gets no more: one like go-livepeer's leaves its readers waiting."""
         try:
-            async with asyncio.timeout(self.progress), self.session.delete(f"{self.url}/{seq}"):
+            async with (
+                asyncio.timeout(self.progress),
+                self.session.delete(f"{self.url}/{seq}", allow_redirects=False),
+            ):
                 pass
         except (aiohttp.ClientError, OSError):
             pass  # the segment's own error is what counts
@@ -139,26 +148,33 @@ class Publisher:
         failures = 0
         while True:
             try:
-                async with asyncio.timeout(self.progress), self.session.get(f"{self.url}/next") as response:
+                async with (
+                    asyncio.timeout(self.progress),
+                    self.session.get(f"{self.url}/next", allow_redirects=False) as response,
+                ):
                     text = await _text(response)
-                    first = first_index(response.status, response.headers, text, self.url)
+                    first = first_index(response.status, response.headers, text, self.label)
                 if first is not None:
                     return first
-                reason = f"HTTP {response.status}: {text[:200]}"
+                reason = f"HTTP {response.status}: {scrubbed(text, self.url)[:200]}"
             except (aiohttp.ClientError, OSError) as error:
-                reason = words(error)
+                reason = words(error, self.url)
             failures += 1
             if failures >= self._backoff.attempts:
-                raise ChannelFailed(f"{self.url}/next: no luck {failures} times in a row, the last time: {reason}")
+                raise ChannelFailed(f"{self.label}: no luck {failures} times in a row, the last time: {reason}")
             await asyncio.sleep(self._backoff.delay(failures))
 
     async def _delete_channel(self) -> None:
         try:
-            async with asyncio.timeout(self.progress), self.session.delete(self.url) as response:
+            async with (
+                asyncio.timeout(self.progress),
+                self.session.delete(self.url, allow_redirects=False) as response,
+            ):
                 if response.status not in (200, 400, 404):  # 400, or 404, where it has gone already
-                    raise ChannelFailed(f"DELETE {self.url}: HTTP {response.status}: {await _text(response)}")
+                    text = scrubbed(await _text(response), self.url)
+                    raise ChannelFailed(f"DELETE {self.label}: HTTP {response.status}: {text}")
         except (aiohttp.ClientError, OSError) as error:
-            raise ChannelFailed(f"DELETE {self.url}: {words(error)}") from error
+            raise ChannelFailed(f"DELETE {self.label}: {words(error, self.url)}") from error
 
 
 class OutgoingSegment:
@@ -173,15 +189,19 @@ class OutgoingSegment:
     def __init__(self, publisher: Publisher, place: Publication, headers: dict[str, str]) -> None:
         self.seq = place.take()
         self.sent = 0
+        self.closing = asyncio.Event()  # the body ends, and with it the segment as a whole one
+        self._cut = False
         self._publisher = publisher
         self._place = place
         self._headers = headers
-        self._piece: bytes | None = None  # on its way from write() to a body
-        self._closing = False  # the body ends after the piece
-        self._offered = asyncio.Event()  # there is a piece, or the end
-        self._taken = asyncio.Event()  # the connection has the piece, or never will
+        self._writer: AbstractStreamWriter | None = None
+        self._changed = asyncio.Event()  # a connection is there, or the outcome is
         self.task = asyncio.create_task(self._run())
-        self.task.add_done_callback(lambda task: self._taken.set())
+        self.task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Stored | Skip | End]) -> None:
+        self._writer = None
+        self._changed.set()
 
     @property
     def settled(self) -> bool:
@@ -189,20 +209,19 @@ class OutgoingSegment:
         return self.task.done()
 
     async def write(self, data: bytes) -> None:
-        if self._closing:
+        if self.closing.is_set() or self._cut:
             raise RuntimeError("write after close or abort")
         view = memoryview(data).cast("B")
         for start in range(0, len(view), PIECE):
             if not self.settled:
-                await self._hand_over(bytes(view[start : start + PIECE]))
+                await self._hand_over(view[start : start + PIECE])
             if self.settled:
                 await self.outcome()
                 raise SegmentFailed(self.seq, f"the server ended it after {self.sent} bytes")
 
     async def close(self) -> None:
         """End the segment, and return when the server has confirmed it. The next one can be opened meanwhile."""
-        self._closing = True
-        self._offered.set()
+        self.closing.set()
         await asyncio.wait([self.task], timeout=self._publisher.progress)
         if not self.settled:
             await self._stuck("the server has not confirmed it")
@@ -210,14 +229,14 @@ class OutgoingSegment:
 
     async def abort(self) -> None:
         """Cut the segment off: the request breaks, it does not end. May be called twice."""
-        again, self._closing = self.task.cancelled(), True
+        again = self._cut
         await self.cancel()
         if self.sent and not again:
             await self._publisher.release(self.seq)
 
     async def cancel(self) -> None:
         """Cut off without a word to the server, which will see the connection break."""
-        self._closing = True
+        self._cut = True
         self._publisher.forget(self)
         await _give_up([self])
 
@@ -231,27 +250,24 @@ class OutgoingSegment:
             raise self._publisher.closed(done)
         return done
 
-    async def next_piece(self, last: bool) -> bytes | None:
-        """For the body: what to send next, or None for the end. ``last`` says that the former piece is through."""
-        if last:
-            self._taken.set()
-        await self._offered.wait()
-        piece, self._piece = self._piece, None
-        if piece is not None:
-            self.sent += len(piece)
-            if not self._closing:
-                self._offered.clear()
-        return piece
+    def connected(self, writer: AbstractStreamWriter) -> None:
+        """For the body: the request's head is out, what is written goes there from now on."""
+        self._writer = writer
+        self._changed.set()
 
-    async def _hand_over(self, piece: bytes) -> None:
-        self._piece = piece
-        self._taken.clear()
-        self._offered.set()
+    async def _hand_over(self, piece: memoryview) -> None:
         try:
             async with asyncio.timeout(self._publisher.progress):
-                await self._taken.wait()
+                await self._changed.wait()
+                if self._writer is not None and not self.settled:
+                    self.sent += len(piece)
+                    await self._writer.write(piece)
         except TimeoutError:
             await self._stuck("the server takes no more")
+        except (aiohttp.ClientError, OSError):  # the request breaks for the same reason, and says what it means
+            await asyncio.wait([self.task], timeout=self._publisher.progress)
+            if not self.settled:
+                await self._stuck("the connection broke")
         except BaseException:  # cancelled, with the piece perhaps on its way: this segment cannot become whole any more
             self.task.cancel()
             raise
@@ -263,11 +279,13 @@ class OutgoingSegment:
     async def _run(self) -> Stored | Skip | End:
         """One POST after the other, until one is answered or has sent something."""
         while True:
+            self._writer = None
+            self._changed.clear()
             body = _Body(self)
             try:
                 decision = await self._attempt(body)
             except (aiohttp.ClientError, OSError) as error:
-                decision = self._place.failed(self.seq, words(error), self.sent)
+                decision = self._place.failed(self.seq, words(error, self._publisher.url), self.sent)
             if isinstance(decision, End):
                 self._publisher.ended = decision
             if not isinstance(decision, Retry):
@@ -281,7 +299,7 @@ class OutgoingSegment:
         )
         try:
             async with asyncio.timeout(publisher.progress):
-                text = await _text(response)
+                text = scrubbed(await _text(response), publisher.url)
             return self._place.answered(self.seq, response.status, response.headers, text, self.sent, body.ended)
         finally:
             if not body.ended:
@@ -289,28 +307,26 @@ class OutgoingSegment:
             response.release()
 
 
-class _Body:
-    """The body of one POST. An iterator of our own rather than a generator: where a request breaks, nothing is left
-    suspended inside of it."""
+class _Body(Payload):
+    """The body of one POST, of no known length: the segment writes it, as long as this lasts."""
 
     def __init__(self, segment: OutgoingSegment) -> None:
+        super().__init__(segment)
         self.ended = False
         self._segment = segment
-        self._began = self._sent = False
 
-    def __aiter__(self) -> Self:
-        return self
+    @property
+    def autoclose(self) -> bool:
+        return True
 
-    async def __anext__(self) -> bytes:
-        if not self._began:
-            self._began = True
-            return b""  # makes aiohttp send the head of the request now, not with the first byte of the body
-        piece = await self._segment.next_piece(self._sent)
-        self._sent = True
-        if piece is None:
-            self.ended = True
-            raise StopAsyncIteration
-        return piece
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        raise TypeError("a segment's body is written once, as it comes")
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        await writer.write(b"")  # sends the head of the request now, not with the first byte of the body
+        self._segment.connected(writer)
+        await self._segment.closing.wait()
+        self.ended = True
 
 
 class _Opening:
@@ -332,9 +348,10 @@ class _Opening:
             await self._segment.cancel()  # we are told to hurry
 
 
-def words(error: BaseException) -> str:
-    """An error of the network, for a message: some say nothing but their name."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+def words(error: BaseException, url: str) -> str:
+    """An error of the network about ``url``, for a message: some say nothing but their name, and some the whole URL."""
+    text = scrubbed(str(error), url)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 async def _text(response: aiohttp.ClientResponse) -> str:

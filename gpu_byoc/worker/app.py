@@ -6,18 +6,25 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 
 from aiohttp import hdrs, web
 
 from gpu_byoc._version import VERSION
 from gpu_byoc.config import ServeConfig
 from gpu_byoc.engine.device import Outcome
-from gpu_byoc.engine.engine import Engine
-from gpu_byoc.errors import Draining, ExpectationFailed, GpuByocError, NotReady, TooLarge
+from gpu_byoc.engine.fleet import Fleet
+from gpu_byoc.errors import Draining, ExpectationFailed, GpuByocError, NotReady, TooLarge, Unauthorized
+from gpu_byoc.logs import about
 from gpu_byoc.processor import Processor
+from gpu_byoc.transport.door import Door
 from gpu_byoc.worker import jobs, telemetry
 from gpu_byoc.worker.bodies import Budget, http_error
+from gpu_byoc.worker.cors import Cors
+from gpu_byoc.worker.health import Health, is_deep
+from gpu_byoc.worker.registration import Registration
 from gpu_byoc.worker.streams import Streams
+from gpu_byoc.worker.tracing import Tracing, job_id
 
 log = logging.getLogger("gpu_byoc.worker")
 
@@ -34,15 +41,20 @@ class Worker:
     def __init__(self, config: ServeConfig, processor: Processor) -> None:
         self.config = config
         self.processor = processor
-        self.engine: Engine | None = None
+        self.engine: Fleet | None = None
         self.degraded: list[str] = []
+        self.sandbox: dict[str, str] | None = None  # around decoding: its walls, and why one does not stand
         self.draining = False
+        self.registration: Registration | None = None  # with an orchestrator; calls are then checked
+        self.door: Door | None = None  # None in tests that serve without one
         self.active = 0
         self.budget = Budget(config.max_collected)
         self.quiet = asyncio.Event()  # set when the last job ends while draining
         self.began = time.monotonic()
+        self.health = Health(self)
         self.streams = Streams(self)
         self.metrics = telemetry.Metrics(self)
+        self.tracing: Tracing | None = None
 
     @property
     def state(self) -> str:
@@ -55,9 +67,9 @@ class Worker:
     @property
     def accepts(self) -> bool:
         """Whether a job that comes now has a chance."""
-        return self.state in ("IDLE", "OK") and not self.draining
+        return self.health.ready
 
-    def ready_engine(self) -> Engine:
+    def ready_engine(self) -> Fleet:
         """Raises NotReady while the processor loads."""
         if self.engine is None:
             raise NotReady("the processor is still initialising; wait until /health says IDLE")
@@ -73,13 +85,15 @@ class Worker:
         self.streams.add_routes(app)
         for path in ("/stream/status", "/api/stream/status"):
             app.router.add_get(path, self._status)
-        app.router.add_get("/health", self._health)
+        app.router.add_get("/health", self._health)  # here with ?deep=1, or behind other requests: see the door
+        app.router.add_get("/ready", self._ready)
         app.router.add_get("/version", _json(self._version))
         app.router.add_get("/app-version", _json(lambda: {"version": self.config.app_version}))
         app.router.add_get("/hardware/info", _json(lambda: telemetry.hardware(self, "gpu_info")))
         app.router.add_get("/hardware/stats", _json(lambda: telemetry.hardware(self, "gpu_stats")))
         app.router.add_get("/compute", _json(lambda: telemetry.compute_report(self)))
         app.router.add_get("/metrics", self._metrics)
+        Cors(self.config.security.cors_origins).install(app)
         return app
 
     # --- handlers
@@ -89,10 +103,25 @@ class Worker:
             raise Draining("the worker is shutting down; send the job elsewhere")
         self.ready_engine()
         self.active += 1
+        name = job_id(request.headers)
         try:
-            return await jobs.handle(self, request)
+            with about(job=name), self.tracing.job(request.headers, name) if self.tracing else nullcontext():
+                return await self._handled(request, name)
         finally:
             self._left()
+
+    async def _handled(self, request: web.Request, name: str) -> web.StreamResponse:
+        try:
+            response = await jobs.handle(self, request)
+        except GpuByocError as error:
+            log.debug("job %s: %s: %s", name, error.code, error)
+            raise
+        except (web.HTTPException, ConnectionError):
+            raise
+        except Exception as bug:  # here, where its log line is one about this job
+            raise self._internal(request) from bug
+        log.debug("job %s: answered", name)
+        return response
 
     def _left(self) -> None:
         self.active -= 1
@@ -109,18 +138,36 @@ class Worker:
                     f"a body of {request.content_length} bytes; the limit is {self.config.max_body} (--max-body-mb)"
                 )
             )
+        try:
+            self._check(request)
+            if self.draining:
+                raise Draining("the worker is shutting down; send the job elsewhere")
+            self.ready_engine()
+        except GpuByocError as error:
+            return self._refuse(error)
         if request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return None
 
+    def _check(self, request: web.Request) -> None:
+        """Raise for a call that is not from our orchestrator. The network's calls are POSTs; the rest only reads."""
+        if self.registration is not None and request.method == hdrs.METH_POST:
+            self.registration.check(request.headers)
+
     def _refuse(self, error: GpuByocError) -> web.Response:
         self.metrics.errors.labels(error.code).inc()
-        return http_error(error, jobs.headers(self, Outcome(None), 0))
+        challenge = {hdrs.WWW_AUTHENTICATE: "Bearer"} if isinstance(error, Unauthorized) else {}
+        response = http_error(error, jobs.headers(self, Outcome(None), 0) | challenge)
+        if self.draining:
+            response.force_close()  # the next request is for another worker
+        return response
 
     async def _health(self, request: web.Request) -> web.Response:
-        """``{"status": ...}``. 503 only when waiting or a restart is the right reaction: LOADING and ERROR."""
-        state = self.state
-        return web.json_response({"status": state}, status=503 if state in ("LOADING", "ERROR") else 200)
+        answer = self.health.deep() if is_deep(request.path_qs) else self.health.health()
+        return _json_bytes(*answer)
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        return _json_bytes(*self.health.routing())
 
     async def _status(self, request: web.Request) -> web.Response:
         return web.json_response(telemetry.status(self, request.headers.get("X-Stream-Id")))
@@ -136,6 +183,7 @@ class Worker:
     @web.middleware
     async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
+            self._check(request)
             return await handler(request)
         except GpuByocError as error:
             return self._refuse(error)
@@ -148,8 +196,15 @@ class Worker:
             self.metrics.errors.labels("cut_off" if self.draining else "client_gone").inc()
             raise
         except Exception:  # a bug of ours: the caller gets no internals, the log gets everything
-            log.exception("%s %s failed", request.method, request.path)
-            return self._refuse(GpuByocError("internal error; the worker's log says more"))
+            return self._refuse(self._internal(request))
+
+    def _internal(self, request: web.Request) -> GpuByocError:
+        log.exception("%s %s failed", request.method, request.path)
+        return GpuByocError("internal error; the worker's log says more")
+
+
+def _json_bytes(status: int, body: bytes) -> web.Response:
+    return web.Response(body=body, status=status, content_type="application/json", charset="utf-8")
 
 
 def _json(read: Callable[[], object]) -> Handler:

@@ -20,7 +20,7 @@ from aiohttp import web
 
 from gpu_byoc.engine.device import Outcome
 from gpu_byoc.engine.engine import Lease
-from gpu_byoc.errors import BadFrame, BadRequest, GpuByocError, ProcessorTimeout, TooLarge, UnsupportedMedia
+from gpu_byoc.errors import BadFrame, BadRequest, GpuByocError, Overloaded, ProcessorTimeout, TooLarge, UnsupportedMedia
 from gpu_byoc.frames import MAX_SIDE, FrameSpec
 from gpu_byoc.processor import parse_params, pixel_format
 from gpu_byoc.worker.bodies import read_all, read_into, write_from
@@ -99,7 +99,7 @@ async def _collected(worker: Worker, request: web.Request, media: str, fields: M
             return await _raw(worker, request, parse_raw(worker, request.headers, fields, len(body)), body)
         if media == JSON:
             return await _json(worker, request, body)
-        image, outcome = await _image(worker, body, media, parse_params(worker.processor, fields))
+        image, outcome = await _image(worker, request, body, media, parse_params(worker.processor, fields))
         return await _answer(worker, request, image, media, outcome)
     finally:
         worker.budget.give(len(body))
@@ -118,7 +118,7 @@ async def _answer(
 
 
 async def _raw(worker: Worker, request: web.Request, job: Job, body: bytearray | None) -> web.StreamResponse:
-    lease = await _lease(worker, job)
+    lease = await _lease(worker, request, job)
     try:
         views = lease.views
         if body is None:
@@ -181,7 +181,9 @@ def _side(name: str, text: str | None) -> int:
 # --- images
 
 
-async def _image(worker: Worker, data: bytearray | bytes, media: str, params: Any) -> tuple[bytes, Outcome]:
+async def _image(
+    worker: Worker, request: web.Request, data: bytearray | bytes, media: str, params: Any
+) -> tuple[bytes, Outcome]:
     """Decode into a slot, process, encode out of it. Decoding and encoding are done off the event loop."""
     from gpu_byoc.media import images
 
@@ -189,7 +191,7 @@ async def _image(worker: Worker, data: bytearray | bytes, media: str, params: An
         raise UnsupportedMedia(f"the processor takes {wanted}, images are rgb24; send raw frames")
     spec = images.probe(data, media, worker.config.max_pixels)
     job = Job(spec, 1, params)
-    lease = await _lease(worker, job)
+    lease = await _lease(worker, request, job)
     try:
         (view,) = lease.views
         await _in_thread(lambda: images.decode_into(data, spec, view, media))
@@ -203,7 +205,7 @@ async def _json(worker: Worker, request: web.Request, text: bytearray) -> web.St
     """``{"image": base64 or data URL, "params": {...}}``, answered with the same two spellings."""
     data, given, is_url = await _in_thread(lambda: parse_json(text))
     media = _sniff(data)
-    image, outcome = await _image(worker, data, media, parse_params(worker.processor, given))
+    image, outcome = await _image(worker, request, data, media, parse_params(worker.processor, given))
 
     def write() -> bytes:
         encoded = base64.b64encode(image).decode()
@@ -246,8 +248,12 @@ def _sniff(data: bytes) -> str:
 # --- the way through the engine
 
 
-async def _lease(worker: Worker, job: Job) -> Lease:
-    """Slots for the job, or ``Overloaded`` after ``slot_wait`` seconds in the line."""
+async def _lease(worker: Worker, request: web.Request, job: Job) -> Lease:
+    """Slots for the job, or ``Overloaded`` after ``slot_wait`` seconds in the line.
+
+    In the line a client is its address: a header could be made up. So whoever comes through one orchestrator is one
+    client here, and who gets how much among them is the orchestrator's to say.
+    """
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
@@ -262,7 +268,7 @@ async def _lease(worker: Worker, job: Job) -> Lease:
     def tell(error: GpuByocError | None) -> None:
         loop.call_soon_threadsafe(settle, error)
 
-    lease = worker.ready_engine().lease(job.spec, job.frames, tell)
+    lease = worker.ready_engine().lease(job.spec, job.frames, tell, client=request.remote)
     if lease.granted:
         return lease
     # Slots of a new frame size are ours at once, but their memory may still have to be made and even pinned.
@@ -273,6 +279,9 @@ async def _lease(worker: Worker, job: Job) -> Lease:
     except TimeoutError:
         lease.release()
         raise worker.ready_engine().refuse(f"no slot became free within {patience:g} s; try again later") from None
+    except Overloaded as error:  # it had a place in the line and lost it
+        lease.release()
+        raise worker.ready_engine().refuse(str(error)) from None
     except BaseException:  # a cancel above all: the place in the line goes back
         lease.release()
         raise
@@ -301,6 +310,8 @@ async def _run(worker: Worker, lease: Lease, job: Job) -> Outcome:
         raise ProcessorTimeout(f"no result within {seconds:g} s (--job-timeout)") from None
     if outcome.error is not None:
         raise outcome.error
+    if worker.tracing is not None:
+        worker.tracing.ran(outcome, job.frames)
     return outcome
 
 
@@ -322,10 +333,10 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
 
 def metadata(worker: Worker, outcome: Outcome, frames: int) -> dict[str, Any]:
-    backend = worker.engine.backend if worker.engine else None
+    backend = worker.engine.engines[0].backend if worker.engine else None
     return {
         "backend": backend.name if backend else None,
-        "device": backend.device if backend else None,
+        "device": outcome.device or (backend.device if backend else None),
         "frames": frames,
         "batch": outcome.batch,
         "queue_seconds": outcome.queue_ns / 1e9,

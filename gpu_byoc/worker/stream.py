@@ -1,8 +1,4 @@
-"""One live stream: five trickle channels around a pump. One task group; whatever ends first ends the rest.
-
-``events`` and ``data`` have queues of their own that drop their oldest entry rather than wait: a slow reader of news
-never holds up the picture.
-"""
+"""One live stream: five trickle channels around a pump. One task group; whatever ends first ends the rest."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ import json
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -20,20 +16,32 @@ import aiohttp
 from gpu_byoc.bridge import Closed, ToLoop, ToThread
 from gpu_byoc.core.cursor import Backoff
 from gpu_byoc.core.meter import SECOND, Usage
+from gpu_byoc.core.pace import Pace
 from gpu_byoc.core.session import Session
-from gpu_byoc.engine.engine import Engine
+from gpu_byoc.core.trickle import NEWEST
+from gpu_byoc.engine.fleet import Fleet
 from gpu_byoc.errors import (
     BadParams,
-    ChannelClosed,
     ChannelFailed,
     ChannelMissing,
+    DecoderFailed,
     GpuByocError,
     ProcessorError,
     SegmentFailed,
+    StreamQuarantined,
+    TooLarge,
 )
+from gpu_byoc.media.decode import StreamReader
+from gpu_byoc.media.demux import Limits
+from gpu_byoc.media.sandbox import SandboxedReader
 from gpu_byoc.processor import pixel_format
-from gpu_byoc.transport.trickle_client import OutgoingSegment, Publisher, Subscriber, open_session
-from gpu_byoc.worker.pump import Arrival, Departure, Pump
+from gpu_byoc.redact import redacted, traceback_of
+from gpu_byoc.transport.trickle_client import OLDEST, IncomingSegment, Publisher, Subscriber
+from gpu_byoc.worker.intake import Arrival
+from gpu_byoc.worker.outlet import Departure
+from gpu_byoc.worker.pump import Pump
+from gpu_byoc.worker.streamnews import News
+from gpu_byoc.worker.streamout import Output
 from gpu_byoc.worker.streamparams import StreamParams, Urls, parse_stream_params
 
 if TYPE_CHECKING:
@@ -48,11 +56,13 @@ SINK_BYTES = 8 << 20
 """Output that may wait for the publisher; beyond it encoding waits, then slots run out and frames are dropped."""
 
 MESSAGE_BYTES = 32 * 1024
-NEWS = 256
 HEARTBEAT = 1.0
 JOIN_SECONDS = 5.0
 FLUSH_SECONDS = 8.0
 """How long a stream that was stopped may take to get out what is inside: what a container has before it is killed."""
+
+CLOSE_SECONDS = 1.0
+"""How long a trickle server may take to close a channel when the worker ends."""
 
 PATIENCE = Backoff(attempts=8)
 
@@ -62,9 +72,18 @@ class _Ended(Exception):
 
 
 class LiveStream:
-    """``run`` is the stream's whole life; ``stop`` ends it in good order."""
+    """``run`` is the stream's whole life; ``stop`` ends it in good order. ``connect`` opens the session in which all of
+    its channels are."""
 
-    def __init__(self, worker: Worker, name: str, urls: Urls, params: StreamParams, encoder: str) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        name: str,
+        urls: Urls,
+        params: StreamParams,
+        encoder: str,
+        connect: Callable[[], aiohttp.ClientSession],
+    ) -> None:
         self.name = name
         self.urls = urls
         self.params = params
@@ -72,23 +91,26 @@ class LiveStream:
         self._books = threading.Lock()  # over the session's numbers, which the pump's threads write
         self.ended = asyncio.Event()
         self._worker = worker
-        self._engine = worker.ready_engine()
+        self._connect = connect
+        self._security = security = worker.config.security
+        self._pace = Pace(security.max_input_mbit * 1e6 / 8, time.monotonic())
+        self._fleet = worker.ready_engine()
+        check_size(self._fleet, params, security.max_stream_pixels)
         self._loop = asyncio.get_running_loop()
         self._source: ToThread[Arrival] = ToThread(SOURCE_BYTES)
         self._sink: ToLoop[Departure] | None = ToLoop(SINK_BYTES) if urls.publish else None
         self._finished: asyncio.Future[BaseException | None] = self._loop.create_future()
         self._stopping = asyncio.Event()
-        self._news: deque[dict[str, Any]] = deque(maxlen=NEWS)
-        self._pulse: dict[str, Any] | None = None  # the newest heartbeat; older ones are of no interest
+        self._flush_seconds = FLUSH_SECONDS
+        self._news = News(name, urls, self._problem, PATIENCE)
+        self._output = self._make_output()
         self._used = Usage()  # at the last heartbeat
         self._fps = {"ingress": 0.0, "egress": 0.0}
-        self._has_news = asyncio.Event()
-        self._lines: deque[bytes] = deque(maxlen=NEWS)
-        self._has_lines = asyncio.Event()
-        self._first_out = self._said_stopped = False
+        self._said_stopped = self._said_first_in = False
         self.segments_in = 0  # that have been read to their end
+        engine = self._fleet.open_stream(name)  # from here on nothing fails before run(), which closes it
         self.pump = Pump(
-            self._engine,
+            engine,
             name,
             params,
             self._source,
@@ -97,33 +119,49 @@ class LiveStream:
             encoder=encoder,
             budget=None if worker.config.lossless else worker.config.latency_budget,
             pixel_format=pixel_format(worker.processor) or "rgb24",
-            share=lambda: max(3, worker.config.engine.slots // (len(worker.streams) + 1)),  # one more may come
+            open_reader=partial(
+                SandboxedReader if security.sandbox_decode else StreamReader,
+                Limits(max_pixels=security.max_stream_pixels),
+            ),
+            pixel_rate=None if worker.config.lossless else security.max_pixel_rate,
+            may_fail=worker.config.error_budget,
+            # one more may come
+            share=lambda: max(3, engine.config.slots // (self._fleet.streams_on(engine) + 1)),
         )
         self.encoder = encoder
-        check_size(self._engine, params)
+
+    def _make_output(self) -> Output | None:
+        if self._sink is None or self.urls.publish is None:
+            return None
+        return Output(
+            self.name,
+            self.urls.publish,
+            self._sink,
+            self._told,
+            first=lambda: self._news.tell("send_first_processed_segment"),
+            give_up=self._stopping.is_set,
+            backoff=PATIENCE,
+        )
 
     # --- from outside
 
-    def stop(self, reason: str) -> None:
-        """End in good order: what has arrived still goes through. May be called twice."""
+    def stop(self, reason: str, flush: float | None = None) -> None:
+        """End in good order: what has arrived still goes through, within ``flush`` seconds. May be called twice."""
+        if flush is not None:
+            self._flush_seconds = min(flush, FLUSH_SECONDS)
         if self.session.happen("stop", reason):
             self._said_stopped = True
-            self.tell("stream_stopped", reason=reason)
+            self._news.tell("stream_stopped", reason=reason)
         self._stopping.set()
 
     def update(self, given: Mapping[str, Any]) -> StreamParams:
         """New parameters from the next frame on. Raises BadParams, and then the old ones stay."""
         params = parse_stream_params(self._worker.processor, given, self.params.given)
-        check_size(self._engine, params)
-        self.params = self.pump.params = params
-        self.tell("params_updated", params=dict(params.given))
+        check_size(self._fleet, params, self._security.max_stream_pixels)
+        self.params = params
+        self.pump.update(params)
+        self._news.tell("params_updated", params=dict(params.given))
         return params
-
-    def tell(self, kind: str, **fields: Any) -> None:
-        """Queue an event for the events channel."""
-        event = {"type": kind, "timestamp": int(time.time() * 1000), **fields}
-        self._news.append({"event": event, "queue_event_type": "ai_stream_events"})
-        self._has_news.set()
 
     def numbers(self) -> dict[str, Any]:
         with self._books:
@@ -134,7 +172,7 @@ class LiveStream:
             "params": dict(self.params.given),
             "encoder": self.encoder,
             "fps": fps,
-            "queue_age_seconds": self.pump.age(),
+            "queue_age_seconds": self.pump.house.age(),
             **numbers,
         }
 
@@ -143,26 +181,28 @@ class LiveStream:
     async def run(self) -> None:
         """Never raises but for a cancel, which drops what is inside."""
         log.info("stream %s: started", self.name)
-        self._engine.open_stream(self.name)
         try:
-            async with open_session(self._worker.config.insecure) as http:
+            async with self._connect() as http:
                 await self._live(http)
         finally:
             self.pump.stop()
             self.session.happen("failed", "cut off")
-            usage = self._engine.end_stream(self.name)
+            usage = self._fleet.end_stream(self.name)
             end = self.session.state.value, self.session.reason
             log.info("stream %s: %s (%s), %s", self.name, *end, _sums(self.session, usage))
+            if self._worker.tracing is not None:
+                self._worker.tracing.streamed(self.numbers(), usage)
             self.ended.set()
 
     async def _live(self, http: aiohttp.ClientSession) -> None:
         self.pump.start()
         try:
             async with asyncio.TaskGroup() as group:
-                for part in (self._events, self._data, self._control, self._media_in, self._media_out):
+                for part in (self._news.events, self._news.data, self._control, self._media_in, self._media_out):
                     group.create_task(part(http))
                 group.create_task(self._heart())
                 group.create_task(self._deadline())
+                group.create_task(self._lifetime())
         except* _Ended:
             pass
         except* Exception as errors:  # ours, or a bug: either way this stream is over, and no other
@@ -172,13 +212,27 @@ class LiveStream:
             if not await asyncio.to_thread(self.pump.join, JOIN_SECONDS):
                 self._problem("threads_left")
                 log.error("stream %s: its threads did not end within %g s", self.name, JOIN_SECONDS)
+            self._count_unpublished()
         await self._last_words(http)
+
+    def _count_unpublished(self) -> None:
+        """Frames that were encoded, and then nobody was there to take them out of the sink."""
+        taken = self._output.taken if self._output is not None else 0
+        with self._books:
+            if left := self.pump.outlet.departed - taken:
+                self.session.dropped["unpublished"] += left
 
     async def _deadline(self) -> None:
         """A stop is not for ever: what cannot be got out by then is dropped."""
         await self._stopping.wait()
-        await asyncio.sleep(FLUSH_SECONDS)
-        raise ChannelFailed(f"the output took nothing more within {FLUSH_SECONDS:g} s after the stop")
+        seconds = self._flush_seconds
+        await asyncio.sleep(seconds)
+        raise ChannelFailed(f"the output took nothing more within {seconds:.1f} s after the stop")
+
+    async def _lifetime(self) -> None:
+        if seconds := self._security.max_stream_seconds:
+            await asyncio.sleep(seconds)
+            self.stop(f"it has lasted {seconds:g} s, and --max-stream-seconds allows no more")
 
     async def _media_in(self, http: aiohttp.ClientSession) -> None:
         if self.urls.subscribe is None:
@@ -199,32 +253,44 @@ class LiveStream:
         self._source.end()
 
     async def _subscribe(self, http: aiohttp.ClientSession, url: str) -> None:
-        first = True
-        async with Subscriber(http, url, backoff=PATIENCE) as segments:
+        start = OLDEST if self._worker.config.lossless else NEWEST
+        async with Subscriber(http, url, start, backoff=PATIENCE, label=_label("subscribe", url)) as segments:
             async for segment in segments:
                 if segment.skipped:
                     self._problem("segments_skipped", segment.skipped)
                 try:
-                    async for chunk in segment:
-                        await self._source.put(Arrival(chunk, time.monotonic()), len(chunk))
-                except SegmentFailed as error:
-                    self._problem("segment_failed")
-                    log.warning("stream %s: %s", self.name, error)
-                except Closed:
+                    await self._segment_in(segment)
+                except Closed:  # the pump has ended
                     return
-                self.segments_in += 1
-                if first and segment.received:
-                    first = False
-                    self.tell("receive_first_ingest_segment")
-                try:
-                    await self._source.put(Arrival(None, time.monotonic()), 0)
-                except Closed:
-                    return
+
+    async def _segment_in(self, segment: IncomingSegment) -> None:
+        try:
+            async for chunk in segment:
+                await self._source.put(Arrival(chunk, time.monotonic()), len(chunk))
+                await self._slow_down(len(chunk))
+        except SegmentFailed as error:
+            self._problem("segment_failed")
+            log.warning("stream %s: %s", self.name, error)
+        self.segments_in += 1
+        if not self._said_first_in and segment.received:
+            self._said_first_in = True
+            self._news.tell("receive_first_ingest_segment")
+        await self._source.put(Arrival(None, time.monotonic()), 0)
+
+    async def _slow_down(self, size: int) -> None:
+        """An input that is faster than it may be is read more slowly: its sender waits, or we miss segments."""
+        wait = self._pace.wait(size, time.monotonic())
+        if not wait:
+            return
+        self._problem("input_rate")
+        if self.session.problems["input_rate"] == 1:
+            self._over(f"more input than the {self._security.max_input_mbit:g} Mbit/s of --max-input-mbit; it waits")
+        await asyncio.sleep(wait)
 
     async def _media_out(self, http: aiohttp.ClientSession) -> None:
         """The stream is over when all of its output is published."""
-        if self._sink is not None and self.urls.publish is not None:
-            await self._publish(http, self.urls.publish, self._sink)
+        if self._output is not None:
+            await self._output.run(http)
         error = await self._finished
         if error is not None:
             raise error
@@ -232,99 +298,14 @@ class LiveStream:
         self.session.happen("flushed")
         raise _Ended
 
-    async def _publish(self, http: aiohttp.ClientSession, url: str, sink: ToLoop[Departure]) -> None:
-        """Pieces into segments. A publisher that breaks is made anew, and what it missed is counted as dropped."""
-        failures = 0
-        while True:
-            try:
-                async with Publisher(http, url, "video/MP2T", backoff=PATIENCE) as publisher:
-                    failures = 0
-                    return await self._segments(publisher, sink)
-            except ChannelFailed as error:
-                failures += 1
-                if failures > 5 or self._stopping.is_set():
-                    raise
-                self._problem("publisher_restarted")
-                log.warning("stream %s: publishing anew: %s", self.name, error)
-            try:
-                async with asyncio.timeout(min(0.25 * 2**failures, 5.0)):
-                    while (departure := await self._next(sink)) is not None:
-                        self._unpublished(departure)
-                    return None
-            except TimeoutError:
-                pass
-
-    async def _next(self, sink: ToLoop[Departure]) -> Departure | None:
-        """None at the end, also where the pump failed: ``_finished`` says how."""
-        try:
-            return await sink.get()
-        except (EOFError, Closed):
-            return None
-        except asyncio.CancelledError:
-            raise
-        except Exception:  # the pump's own failure, which it has told already
-            return None
-
-    def _unpublished(self, departure: Departure) -> None:
-        if departure.arrived is not None:
-            self._told("dropped", "unpublished")
-
-    async def _segments(self, publisher: Publisher, sink: ToLoop[Departure]) -> None:
-        segment: OutgoingSegment | None = None
-        closing: set[asyncio.Task[None]] = set()
-        try:
-            while (departure := await self._next(sink)) is not None:
-                try:
-                    if departure.piece.starts:
-                        if segment is not None:
-                            task = asyncio.create_task(self._close(segment))
-                            closing.add(task)
-                            task.add_done_callback(closing.discard)
-                        segment = None
-                        segment = await publisher.open()
-                    if segment is None:  # broken in the middle; the next one starts with a keyframe
-                        self._unpublished(departure)
-                        continue
-                    await segment.write(departure.piece.data)
-                except SegmentFailed as error:
-                    self._segment_lost(error)
-                    self._unpublished(departure)
-                    segment = None
-                    continue
-                if departure.arrived is not None:
-                    self._told("out", time.monotonic() - departure.arrived)
-                if not self._first_out:
-                    self._first_out = True
-                    self.tell("send_first_processed_segment")
-            if segment is not None:
-                await self._close(segment)
-        except BaseException:  # a cancel above all: nobody waits for confirmations then
-            for task in closing:
-                task.cancel()
-            raise
-        finally:
-            if closing:
-                await asyncio.wait(closing)
-
-    async def _close(self, segment: OutgoingSegment) -> None:
-        try:
-            await segment.close()
-        except SegmentFailed as error:
-            self._segment_lost(error)
-        except (ChannelClosed, ChannelFailed):
-            pass  # the next ``open`` says so
-
-    def _segment_lost(self, error: SegmentFailed) -> None:
-        self._problem("segment_lost")
-        log.warning("stream %s: output %s", self.name, error)
-
-    # --- the three small channels
+    # --- control, and the heartbeat
 
     async def _control(self, http: aiohttp.ClientSession) -> None:
         if self.urls.control is None:
             return
+        label = _label("control", self.urls.control)
         try:
-            async with Subscriber(http, self.urls.control, backoff=PATIENCE) as messages:
+            async with Subscriber(http, self.urls.control, backoff=PATIENCE, label=label) as messages:
                 async for message in messages:
                     await self._message(await self._read(message))
             self.stop("the control channel is closed")
@@ -358,7 +339,7 @@ class LiveStream:
 
     def _refused(self, error: BadParams) -> None:
         self._problem("params")
-        self.tell("error", **error.body())
+        self._news.tell("error", **error.body())
 
     async def _heart(self) -> None:
         """A beat each second, from the first moment to the last, whatever the frames are doing."""
@@ -370,12 +351,12 @@ class LiveStream:
 
     def _beat(self) -> None:
         """Numbers since the last beat, to events and data. Compute adds up: over all beats it is the stream's total."""
-        now, total = time.monotonic(), self._engine.total(self.name)
+        now, total = time.monotonic(), self._fleet.total(self.name)
         with self._books:
             numbers, fps = self.session.numbers(), self.session.beat(now)
             self._fps = fps
         row = {
-            "second": self._engine.now() // SECOND,
+            "second": self._fleet.now() // SECOND,
             "frames": total.frames - self._used.frames,
             "compute_seconds": (total.compute_ns - self._used.compute_ns) / SECOND,
             "copy_seconds": (total.copy_ns - self._used.copy_ns) / SECOND,
@@ -383,94 +364,32 @@ class LiveStream:
             "total_compute_seconds": total.compute_ns / SECOND,
         }
         self._used = total
-        self._lines.append(json.dumps({"type": "compute", "stream_id": self.name, **row}).encode() + b"\n")
-        self._has_lines.set()
-        event = {
-            "type": "heartbeat",
-            "timestamp": int(time.time() * 1000),
-            "stream_id": self.name,
-            "fps": fps,
-            "compute": row,
-            "queue_age_seconds": self.pump.age(),
-            "urls": {name: getattr(self.urls, name) is not None for name in Urls.__dataclass_fields__},
+        self._news.line("compute", **row)
+        self._news.pulse(
+            fps=fps,
+            compute=row,
+            queue_age_seconds=self.pump.house.age(),
+            urls={name: getattr(self.urls, name) is not None for name in Urls.__dataclass_fields__},
             **{name: numbers[name] for name in ("state", "dropped", "problems", "latency_seconds", "dimensions")},
-        }
-        self._pulse = {"event": event, "queue_event_type": "stream_heartbeat"}
-        self._has_news.set()
-
-    async def _events(self, http: aiohttp.ClientSession) -> None:
-        if self.urls.events is None:
-            return
-        while True:
-            try:
-                async with Publisher(http, self.urls.events, "application/json", backoff=PATIENCE) as publisher:
-                    while True:
-                        await self._has_news.wait()
-                        await self._send_news(publisher)
-            except ChannelMissing:
-                log.warning("stream %s: there is no events channel; nobody hears of it", self.name)
-                return
-            except ChannelClosed:
-                return
-            except (ChannelFailed, SegmentFailed) as error:
-                self._problem("events")
-                log.warning("stream %s: events: %s", self.name, error)
-                await asyncio.sleep(HEARTBEAT)
-
-    async def _send_news(self, publisher: Publisher) -> None:
-        """What happened first, then how it goes. What could not be sent is kept."""
-        self._has_news.clear()
-        while self._news:
-            event = self._news.popleft()
-            try:
-                await publisher.send(json.dumps(event).encode())
-            except GpuByocError:
-                self._news.appendleft(event)
-                self._has_news.set()
-                raise
-        pulse, self._pulse = self._pulse, None
-        if pulse is not None:
-            await publisher.send(json.dumps(pulse).encode())
-
-    async def _send_lines(self, publisher: Publisher) -> None:
-        self._has_lines.clear()
-        lines = b"".join(self._lines)
-        self._lines.clear()
-        if lines:
-            await publisher.send(lines)
-
-    async def _data(self, http: aiohttp.ClientSession) -> None:
-        if self.urls.data is None:
-            return
-        while True:
-            try:
-                async with Publisher(http, self.urls.data, "application/jsonl", backoff=PATIENCE) as publisher:
-                    while True:
-                        await self._has_lines.wait()
-                        await self._send_lines(publisher)
-            except (ChannelMissing, ChannelClosed):
-                return
-            except (ChannelFailed, SegmentFailed) as error:
-                self._problem("data")
-                log.warning("stream %s: data: %s", self.name, error)
-                await asyncio.sleep(HEARTBEAT)
+        )
 
     async def _last_words(self, http: aiohttp.ClientSession) -> None:
-        """The last event and the last line, on publishers of their own: the ordinary ones went with the task group."""
+        """The last event and the last line."""
         self.session.happen("failed", "ended without a reason")  # no effect where there is one
         if not self._said_stopped:
-            self.tell("stream_stopped", reason=self.session.reason)
+            self._news.tell("stream_stopped", reason=self.session.reason)
         self._beat()
-        try:
-            async with asyncio.timeout(2.0):
-                if self.urls.events is not None:
-                    async with Publisher(http, self.urls.events, "application/json") as publisher:
-                        await self._send_news(publisher)
-                if self.urls.data is not None:
-                    async with Publisher(http, self.urls.data, "application/jsonl") as publisher:
-                        await self._send_lines(publisher)
-        except (TimeoutError, GpuByocError) as error:
-            log.debug("stream %s: nobody takes the last events: %s", self.name, error)
+        await self._news.last_words(http)
+        if self._worker.draining:
+            await self._close_channels(http)
+
+    async def _close_channels(self, http: aiohttp.ClientSession) -> None:
+        """Of a worker that ends: readers are told so at once. Otherwise whoever made the channels closes them."""
+        urls = [url for url in (self.urls.publish, self.urls.data, self.urls.events) if url is not None]
+        closing = [Publisher(http, url, "", delete=True, progress=CLOSE_SECONDS).aclose() for url in urls]
+        for failure in await asyncio.gather(*closing, return_exceptions=True):
+            if isinstance(failure, GpuByocError):
+                log.warning("not closed: %s", failure)
 
     def _problem(self, reason: str, count: int = 1) -> None:
         with self._books:
@@ -489,8 +408,15 @@ class LiveStream:
                 session.went_out(detail)
             elif what == "dropped":
                 session.dropped[detail] += 1
+                news = detail == "pixel_rate" and session.dropped[detail] == 1
+            elif what == "lost":
+                session.took_back(detail, "segment_lost")
+            elif what == "trouble":
+                session.problems[detail] += 1
             elif what == "problem":
                 session.problems[detail.reason] += 1
+                first = detail.reason == "too_large" and session.problems["too_large"] == 1
+                news = first or detail.reason == "decoder"
             elif what == "failed_frame":
                 session.dropped[detail.code] += 1
                 news = session.dropped[detail.code] == 1 or not isinstance(detail, ProcessorError)
@@ -507,26 +433,47 @@ class LiveStream:
         session = self.session
         if what == "in":
             session.happen("frame")
-            self.tell("stream_started", dimensions={"width": session.width, "height": session.height})
+            self._news.tell("stream_started", dimensions={"width": session.width, "height": session.height})
         elif what == "failed_frame":
-            self.tell("error", **detail.body())
+            self._news.tell("error", **detail.body())
+        elif what == "dropped":
+            self._over(f"more than the {self._security.max_pixel_rate} pixels a second of --max-pixel-rate: dropped")
+        elif what == "problem":
+            self._over(detail.detail, DecoderFailed if detail.reason == "decoder" else TooLarge)
         elif not self._finished.done():
             if detail is not None:
                 self._fail(detail)
             self._finished.set_result(detail)
 
+    def _over(self, text: str, kind: type[GpuByocError] = TooLarge) -> None:
+        """It sends more than it may, or what broke the decoder. The first time it is told and counted; it goes on."""
+        error = kind(text)
+        log.warning("stream %s: %s", self.name, error)
+        self._worker.metrics.errors.labels(error.code).inc()
+        self._news.tell("error", **error.body())
+
     def _fail(self, error: BaseException) -> None:
         """Once. What is not one of ours is a bug: the log says all of it, the outside only that."""
         known = error if isinstance(error, GpuByocError) else GpuByocError("internal error; see the worker's log")
         if self.session.happen("failed", str(known)):
-            log.error("stream %s failed: %s", self.name, error, exc_info=None if known is error else error)
-            self.tell("error", **known.body())
+            log.error("stream %s failed: %s", self.name, error if known is error else traceback_of(error))
+            self._news.tell("error", **known.body())
+            if isinstance(known, StreamQuarantined):
+                self._worker.metrics.quarantined.labels(known.reason).inc()
+                self._news.tell("stream_quarantined", reason=known.reason, message=str(known))
 
 
-def check_size(engine: Engine, params: StreamParams) -> None:
-    """Refuse an output size of which not even the slots of one stream fit into memory. Raises BadParams."""
+def _label(what: str, url: str) -> str:
+    return f"{what}_url at {redacted(url)}"
+
+
+def check_size(fleet: Fleet, params: StreamParams, most: int) -> None:
+    """Refuse an output size of more than ``most`` pixels, and one of which not even the slots of one stream fit into
+    memory. Raises BadParams."""
     if params.width is not None and params.height is not None:
-        nbytes, memory = params.width * params.height * 4, engine.config.memory
+        if params.width * params.height > most:
+            raise BadParams("width", f"{params.width}x{params.height} is over the {most} pixels of --max-stream-pixels")
+        nbytes, memory = params.width * params.height * 4, fleet.config.memory
         if 3 * nbytes > memory:
             raise BadParams("width", f"{params.width}x{params.height} needs more memory than --memory-mb allows")
 

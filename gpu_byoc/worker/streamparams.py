@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_byoc.errors import BadParams
+from gpu_byoc.config import ServeConfig
+from gpu_byoc.core.origins import Policy, parse, parse_origin
+from gpu_byoc.errors import BadParams, BadRequest, ConfigError
 from gpu_byoc.frames import MAX_SIDE
 from gpu_byoc.processor import Processor, parse_params
 
@@ -28,6 +30,42 @@ class Urls:
     control: str | None = None
     events: str | None = None
     data: str | None = None
+
+
+def given_urls(body: Mapping[str, Any]) -> dict[str, str]:
+    """The channels that a call names, by field (``subscribe_url`` ...). Raises BadRequest."""
+    found: dict[str, str] = {}
+    for name in Urls.__dataclass_fields__:
+        url = body.get(f"{name}_url")
+        if url is not None and not isinstance(url, str):
+            raise BadRequest(f"{name}_url is not an http or https URL: it is no text")
+        if url is not None and url.strip():
+            found[f"{name}_url"] = url.strip()
+    return found
+
+
+def as_urls(found: Mapping[str, str]) -> Urls:
+    return Urls(**{name: found.get(f"{name}_url") for name in Urls.__dataclass_fields__})
+
+
+def origin_policy(config: ServeConfig) -> Policy:
+    """Whose channels streams may use: those of the orchestrator that the worker registers with, and --allow-origin.
+
+    Raises:
+        ConfigError: one of them is no origin.
+    """
+    allowed = set()
+    for text in config.security.allow_origins:
+        try:
+            allowed.add(parse_origin(text))
+        except ValueError as error:
+            raise ConfigError(f"--allow-origin {text!r} is not like https://host:8935: {error}") from None
+    if config.registration is not None:
+        try:
+            allowed.add(parse(config.registration.orch_url).origin)
+        except ValueError as error:
+            raise ConfigError(f"--orch-url (ORCH_URL) {config.registration.orch_url!r}: {error}") from None
+    return Policy(frozenset(allowed))
 
 
 @dataclass(frozen=True, slots=True)

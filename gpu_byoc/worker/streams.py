@@ -7,14 +7,18 @@ import json
 import logging
 import uuid
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from gpu_byoc.errors import AllBusy, BadParams, BadRequest, Draining, GpuByocError
+from gpu_byoc.core.meter import SECOND, Usage
+from gpu_byoc.errors import AllBusy, BadParams, BadRequest, Draining, GpuByocError, OriginRefused
+from gpu_byoc.logs import about
+from gpu_byoc.transport.origins import Gatekeeper, Pins
+from gpu_byoc.transport.tls import tls
 from gpu_byoc.worker.bodies import read_all
-from gpu_byoc.worker.streamparams import StreamParams, Urls, parse_stream_params
+from gpu_byoc.worker.streamparams import StreamParams, Urls, as_urls, given_urls, origin_policy, parse_stream_params
 
 if TYPE_CHECKING:
     from gpu_byoc.media.encode import EncoderChoice
@@ -37,6 +41,8 @@ class Streams:
         self._tasks: set[asyncio.Task[None]] = set()
         self.encoder: EncoderChoice | None = None  # found out once, when the first stream starts
         self._choosing = asyncio.Lock()
+        self._gate = Gatekeeper(origin_policy(worker.config))
+        self._tls = tls(worker.config.insecure, worker.config.security.ca_file)
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -66,7 +72,8 @@ class Streams:
             raise Draining("the worker is shutting down; start the stream elsewhere")
         worker.ready_engine()
         body = await self._json(request)
-        name, urls = _name(request, body), _urls(body)
+        name = _name(request, body)
+        urls, pins = await self._admit(name, given_urls(body), request.remote)
         try:
             params = parse_stream_params(worker.processor, body.get("params"))
         except BadParams as error:  # the network's own workers answer 400 here
@@ -76,10 +83,10 @@ class Streams:
                 self.encoder = await asyncio.to_thread(_choose_encoder, worker.config.encoder)
                 log.info("encoder %s: %s", self.encoder.name, self.encoder.reason)
         try:
-            stream = self._make(name, urls, params, self.encoder.name)
+            stream = self._make(name, urls, pins, params, self.encoder.name)
         except BadParams as error:
             return web.json_response(error.body(), status=400)
-        task = asyncio.create_task(self._run(stream))
+        task = asyncio.create_task(self._run(stream, request.headers))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return self._success("Stream started successfully", request_id=name)
@@ -101,7 +108,16 @@ class Streams:
         stream.update(body)
         return self._success("Parameters updated successfully")
 
-    def _make(self, name: str, urls: Urls, params: StreamParams, encoder: str) -> LiveStream:
+    async def _admit(self, name: str, urls: Mapping[str, str], caller: str | None) -> tuple[Urls, Pins]:
+        try:
+            admitted, pins = await self._gate.admit(urls, caller)
+        except OriginRefused as error:
+            log.warning("stream %s refused: %s", name, error)
+            raise
+        return as_urls(admitted), pins
+
+    def _make(self, name: str, urls: Urls, pins: Pins, params: StreamParams, encoder: str) -> LiveStream:
+        from gpu_byoc.transport.trickle_client import open_session
         from gpu_byoc.worker.stream import LiveStream
 
         if self._worker.draining:
@@ -110,16 +126,34 @@ class Streams:
             raise BadRequest(f"stream already exists: {name}")
         if len(self._streams) >= self._worker.config.most_streams:
             raise AllBusy(f"{len(self._streams)} streams are running, --max-streams allows no more; try elsewhere")
-        stream = LiveStream(self._worker, name, urls, params, encoder)
+        if (waits := self._waits()) > self._worker.config.latency_budget / 4 and not self._worker.config.lossless:
+            raise AllBusy(
+                f"frames of the streams that run wait {waits * 1e3:.0f} ms for the device: one more would make them "
+                "late; try elsewhere"
+            )
+        stream = LiveStream(self._worker, name, urls, params, encoder, lambda: open_session(self._tls, pins))
         self._streams[name] = stream
         return stream
 
+    def _waits(self) -> float:
+        """Seconds that a frame of the running streams waited for the device, on average over the last full second."""
+        fleet = self._worker.ready_engine()
+        last, booked = fleet.now() // SECOND - 1, Usage()
+        for second, name, usage in fleet.usage()[0]:
+            if second == last and name in self._streams:
+                booked.add(usage)
+        return booked.queue_ns / SECOND / booked.frames if booked.frames else 0.0
+
     # --- the end
 
-    async def close(self, seconds: float | None) -> None:
-        """Stop all in good order; after ``seconds`` drop what is left (None: wait as long as it takes)."""
+    def running(self) -> list[LiveStream]:
+        return list(self._streams.values())
+
+    async def close(self, seconds: float | None, flush: float | None = None) -> None:
+        """Stop all in good order; after ``seconds`` drop what is left (None: wait as long as it takes). ``flush``: in
+        how many seconds a stream has to get out what is inside."""
         for stream in self._streams.values():
-            stream.stop("the worker is shutting down")
+            stream.stop("the worker is shutting down", flush)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
         for task in self._tasks:
@@ -127,11 +161,14 @@ class Streams:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _run(self, stream: LiveStream) -> None:
+    async def _run(self, stream: LiveStream, headers: Mapping[str, str]) -> None:
+        tracing = self._worker.tracing
         try:
-            await stream.run()
+            with about(stream=stream.name), tracing.stream(headers, stream.name) if tracing else nullcontext():
+                await stream.run()
         finally:
             del self._streams[stream.name]
+            self._worker.metrics.streams.end(stream.numbers())
 
     # --- requests
 
@@ -186,24 +223,3 @@ def _name(request: web.Request, body: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or not name.strip() or len(name) > 200 or not name.isprintable():
         raise BadRequest("gateway_request_id is to be a text of 1 to 200 printable characters")
     return name
-
-
-def _urls(body: Mapping[str, Any]) -> Urls:
-    found: dict[str, str | None] = {}
-    for name in Urls.__dataclass_fields__:
-        url = body.get(f"{name}_url")
-        if url is None or (isinstance(url, str) and not url.strip()):
-            continue
-        if not isinstance(url, str) or not _is_http(url.strip()):
-            raise BadRequest(f"{name}_url is not an http or https URL")
-        found[name] = url.strip()
-    return Urls(**found)
-
-
-def _is_http(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").encode("idna")
-        return parts.scheme in ("http", "https") and bool(host) and (parts.port or 80) > 0
-    except (ValueError, UnicodeError):
-        return False

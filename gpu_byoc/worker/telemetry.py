@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import prometheus_client as prometheus
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gpu_byoc._version import VERSION
 from gpu_byoc.core.meter import SECOND, Usage
 from gpu_byoc.processor import processor_name
+from gpu_byoc.worker.hardware import backend_report, device_metrics, gpu_metrics
+from gpu_byoc.worker.jobs import STREAM
+from gpu_byoc.worker.limits import limit_metrics
 
 if TYPE_CHECKING:
     from gpu_byoc.worker.app import Worker
@@ -47,16 +53,6 @@ def compute_report(worker: Worker) -> dict[str, Any]:
     }
 
 
-def backend_report(worker: Worker) -> dict[str, Any]:
-    """Which backend runs, on what, and what is not as it should be."""
-    engine = worker.engine
-    if engine is None:
-        return {"name": None, "device": None, "degraded": []}
-    info = dict(engine.backend.info())
-    degraded = [*worker.degraded, *info.pop("degraded", [])]
-    return {"name": engine.backend.name, "device": engine.backend.device, "degraded": degraded, **info}
-
-
 def status(worker: Worker, stream: str | None = None) -> dict[str, Any]:
     """The status object: the keys the network's own workers answer with, then ours. With ``stream`` also that one's.
 
@@ -83,13 +79,15 @@ def status(worker: Worker, stream: str | None = None) -> dict[str, Any]:
         "uptime_seconds": time.monotonic() - worker.began,
         "processor": processor_name(worker.processor),
         "capability": worker.config.capability,
-        "backend": backend_report(worker),
+        "backend": backend_report(worker.engine, worker.degraded),
         "streams": worker.streams.numbers(),
         **one,
         "encoder": asdict(worker.streams.encoder) if worker.streams.encoder else None,
         "insecure": worker.config.insecure,
+        "sandbox": worker.sandbox,
+        "registration": worker.registration.report() if worker.registration else None,
         "slots": worker.engine.rooms() if worker.engine else [],
-        "waiting_frames": worker.engine.batcher.waiting if worker.engine else 0,
+        "waiting_frames": worker.engine.waiting if worker.engine else 0,
         "compute": {"totals": {name: usage_row(usage) for name, usage in totals.items()}, "device": usage_row(device)},
         "last_second": [usage_row(usage) | {"name": name} for second, name, usage in rows if second == last],
     }
@@ -100,13 +98,13 @@ def hardware(worker: Worker, key: str) -> dict[str, Any]:
 
     GPUs are keyed by index as a string; the map is empty on a CPU host. ``backend`` tells what is really in use.
     """
-    backend = backend_report(worker)
+    backend = backend_report(worker.engine, worker.degraded)
     gpus: Mapping[str, Any] = backend.get(key, {})
     return {
         "pipeline": worker.config.pipeline,
         "model_id": worker.config.capability,
         key: gpus,
-        "backend": {name: backend[name] for name in ("name", "device", "degraded")},
+        "backend": {name: backend[name] for name in ("name", "device", "degraded", "devices")},
     }
 
 
@@ -121,10 +119,18 @@ class Metrics:
             buckets=LATENCY_MS,
             registry=self.registry,
         )
-        self.errors = Counter("byoc_errors_total", "Errors by type", ["type"], registry=self.registry)
+        self.streams = StreamSums()
+        self.errors = prometheus.Counter("byoc_errors_total", "Errors by type", ["type"], registry=self.registry)
+        self.quarantined = prometheus.Counter(
+            "byoc_streams_quarantined_total",
+            "Live streams that were ended because too many of their frames had failed, by the last failure",
+            ["reason"],
+            registry=self.registry,
+        )
         sessions = Gauge("byoc_sessions_active", "Jobs and streams in the house", registry=self.registry)
         sessions.set_function(lambda: worker.active + len(worker.streams))
-        Gauge("byoc_build_info", "Always 1", ["version"], registry=self.registry).labels(VERSION).set(1)
+        build = Gauge("byoc_build_info", "Always 1", ["version", "python"], registry=self.registry)
+        build.labels(VERSION, platform.python_version()).set(1)
         self.registry.register(_Scrape(worker))
 
     def text(self) -> bytes:
@@ -139,41 +145,87 @@ class _Scrape(Collector):
 
     def collect(self) -> Iterator[Metric]:
         worker, engine = self._worker, self._worker.engine
-        backend = backend_report(worker)
-        gpus: Mapping[str, Mapping[str, Any]] = backend.get("gpu_info", {})
-        memory = GaugeMetricFamily("byoc_gpu_memory_bytes", "GPU memory in use; no sample on a CPU", labels=["gpu"])
-        for index, gpu in gpus.items():
-            memory.add_metric([index], gpu["memory_total"] - gpu["memory_free"])
-        yield memory
+        backend = backend_report(worker.engine, worker.degraded)
+        yield from gpu_metrics(backend)
         info = GaugeMetricFamily("byoc_backend_info", "1: the backend in use", labels=["backend", "device"])
-        info.add_metric([str(backend["name"]), str(backend["device"])], 1)
+        for device in backend["devices"]:
+            info.add_metric([backend["name"], device["device"]], 1)
         yield info
         yield GaugeMetricFamily(
             "byoc_degraded", "Reasons for which it runs worse than it could", len(backend["degraded"])
         )
+        yield from limit_metrics(worker)
+        if (registration := worker.registration) is not None:
+            text = "1: the last registration with the orchestrator was accepted"
+            yield GaugeMetricFamily("byoc_registered", text, registration.registered)
+            if (age := registration.age) is not None:
+                yield GaugeMetricFamily("byoc_registration_age_seconds", "Since a registration was last accepted", age)
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         yield GaugeMetricFamily("byoc_memory_peak_bytes", "Largest resident memory so far", rss)
         if engine is None:
             return
         yield CounterMetricFamily("byoc_refused_total", "Jobs refused for want of a slot", engine.refused)
-        yield GaugeMetricFamily("byoc_waiting_frames", "Frames that wait for the device", engine.batcher.waiting)
-        for key, text in (("slots", "Slots"), ("free", "Slots nobody holds"), ("waiting", "Jobs that wait for slots")):
-            family = GaugeMetricFamily(f"byoc_slots_{key}" if key != "slots" else "byoc_slots", text, labels=["bytes"])
-            for room in engine.rooms():
-                family.add_metric([str(room["frame_bytes"])], room[key])
-            yield family
+        yield GaugeMetricFamily("byoc_waiting_frames", "Frames that wait for a device", engine.waiting)
+        yield from device_metrics(engine)
         yield from _usage_metrics(engine.usage()[1])
+        yield from worker.metrics.streams.metrics(worker.streams.numbers())
 
 
 def _usage_metrics(totals: Mapping[str, Usage]) -> Iterator[Metric]:
+    """Jobs and streams; the streams together, running or over. A stream's own name is no label: it would be a time
+    series for ever, and its total moves to another name when it ends, which no counter may do."""
+    kinds = {"jobs": Usage(), "streams": Usage()}
+    for name, usage in totals.items():
+        kinds["jobs" if name == STREAM else "streams"].add(usage)
     for name, text, read in (
         ("byoc_frames_total", "Frames processed", lambda u: u.frames),
-        ("byoc_batches_total", "Batches with frames of this name", lambda u: u.batches),
         ("byoc_compute_seconds_total", "Device time in the processor", lambda u: seconds(u.compute_ns)),
         ("byoc_copy_seconds_total", "Device time in copies", lambda u: seconds(u.copy_ns)),
         ("byoc_queue_seconds_total", "Frames' waits for the device, added up", lambda u: seconds(u.queue_ns)),
     ):
-        family = CounterMetricFamily(name, text, labels=["name"])
-        for label, usage in totals.items():
-            family.add_metric([label], read(usage))
+        family = CounterMetricFamily(name, text, labels=["kind"])
+        for kind, usage in kinds.items():
+            family.add_metric([kind], read(usage))
         yield family
+
+
+class StreamSums:
+    """What became of the frames of all live streams, running or over. Nothing is counted per frame: the streams do
+    that for themselves, and are added up when they end and when somebody asks."""
+
+    def __init__(self) -> None:
+        self._ended: dict[str, Counter[str]] = {
+            "streams": Counter(ended=0, failed=0),
+            "frames": Counter(),
+            "dropped": Counter(),
+            "problems": Counter(),
+        }
+
+    def end(self, numbers: Mapping[str, Any]) -> None:
+        """A stream is over; in the same step it leaves the table of those that run. ``LiveStream.numbers``."""
+        self._ended["streams"][numbers["state"]] += 1
+        _add(self._ended, numbers)
+
+    def metrics(self, running: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+        sums = {key: Counter(counts) for key, counts in self._ended.items()}
+        for numbers in running:
+            _add(sums, numbers)
+        yield GaugeMetricFamily("byoc_streams_active", "Live streams", len(running))
+        for name, key, label, text in (
+            ("byoc_streams_ended_total", "streams", "state", "Live streams that are over"),
+            ("byoc_stream_frames_total", "frames", "way", "Frames of live streams that came in, and that went out"),
+            ("byoc_frames_dropped_total", "dropped", "reason", "Frames of live streams that did not arrive"),
+            ("byoc_stream_problems_total", "problems", "reason", "Faults in what came in, and of channels"),
+        ):
+            family = CounterMetricFamily(name, text, labels=[label])
+            for value, count in sorted(sums[key].items()):
+                family.add_metric([value], count)
+            yield family
+
+
+def _add(sums: Mapping[str, Counter[str]], numbers: Mapping[str, Any]) -> None:
+    # A frame whose segment is lost afterwards is taken back from frames_out; a counter only goes up.
+    out = numbers["frames_out"] + numbers["dropped"].get("segment_lost", 0)
+    sums["frames"].update({"in": numbers["frames_in"], "out": out})
+    sums["dropped"].update(numbers["dropped"])
+    sums["problems"].update(numbers["problems"])

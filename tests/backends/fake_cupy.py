@@ -2,7 +2,9 @@
 
 What makes it worth running: each stream is a thread, so copies really happen later and out of step, and only events
 order them. Device memory is host memory with a budget, filled with a pattern when it is allocated. Code that runs
-under ``with stream:`` (a processor's) runs on the caller's thread after the stream has come to rest.
+under ``with stream:`` (a processor's) runs on the caller's thread after the stream has come to rest. Each thread has a
+current device, the first one until it says otherwise, and a call from a thread with another one is an error: CUDA would
+make a context there.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import array_api_compat.numpy as numpy_xp
 import numpy as np
+from gpu_byoc_backends._cupy import CupyLibrary
 from gpu_byoc_backends.cupy_cuda import CupyBackend
 
 PATIENCE = 20.0  # seconds before a test that waits for ever is failed
@@ -35,7 +38,9 @@ class OutOfMemoryError(MemoryError):
 class Stream:
     def __init__(self, fake: FakeCupy) -> None:
         self.fake = fake
+        self.device_id = fake.current
         self.ptr = next(fake.numbers)
+        self.priority = 0
         self.open = threading.Event()  # cleared by a test to hold the work back
         self.open.set()
         self._work: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
@@ -48,7 +53,7 @@ class Stream:
             work()
 
     def enqueue(self, work: Callable[[], Any]) -> None:
-        self.fake.check()
+        self.fake.check(self.device_id)
         self._work.put(work)
 
     def wait_event(self, event: Event) -> None:
@@ -59,7 +64,7 @@ class Stream:
         rest = Event()
         rest.record(self)
         rest.synchronize()
-        self.fake.check()
+        self.fake.check(self.device_id)
 
     def __enter__(self) -> Stream:
         self.synchronize()
@@ -80,11 +85,11 @@ class Event:
         self.passed = threading.Event()
         self.passed.set()  # an event that was never recorded is complete, as in CUDA
         self.at = 0.0
-        self.fake: FakeCupy | None = None
+        self.stream: Stream | None = None
 
     def record(self, stream: Stream) -> None:
         passed = self.passed = threading.Event()
-        self.fake = stream.fake
+        self.stream = stream
 
         def mark() -> None:
             self.at = time.perf_counter()
@@ -94,19 +99,21 @@ class Event:
 
     def synchronize(self) -> None:
         assert self.passed.wait(PATIENCE), "an event never came"
-        if self.fake is not None:
-            self.fake.check()
+        if self.stream is not None:
+            self.stream.fake.check(self.stream.device_id)
 
 
-class Device:
-    def __init__(self, index: int) -> None:
-        self.id = index
+class Device(str):
+    """What numpy calls its device, with what cupy's can do."""
+
+    id: int
+    fake: FakeCupy
 
     def use(self) -> None:
-        pass
+        self.fake.threads.device = self.id
 
     def __enter__(self) -> None:
-        pass
+        self.use()  # every thread here has one device
 
     def __exit__(self, *exc: object) -> None:
         pass
@@ -122,6 +129,7 @@ class FakeCupy:
     def __init__(self) -> None:
         self.numbers = itertools.count(1)
         self.streams: dict[int, Stream] = {}
+        self.threads = threading.local()
         self.lost = ""  # set by a test: the device fails for good
         self.pinnable = True
         self.budget = 1 << 30  # bytes of device memory
@@ -133,13 +141,15 @@ class FakeCupy:
             memcpyHostToDevice=1,
             memcpyDeviceToHost=2,
             memcpyAsync=self._memcpy,
+            memsetAsync=self._memset,
             runtimeGetVersion=lambda: 12090,
-            getDeviceProperties=lambda index: {"name": b"stand-in"},
+            getDeviceProperties=lambda index: {"name": b"stand-in", "major": 9, "minor": 0},
+            memGetInfo=self._mem_get_info,
         )
         self.cuda = SimpleNamespace(
             runtime=runtime,
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-            Device=Device,
+            Device=self._device,
             Stream=self._stream,
             Event=lambda block: Event(),
             PinnedMemory=self._pinned,
@@ -147,12 +157,20 @@ class FakeCupy:
             get_elapsed_time=lambda begin, end: (end.at - begin.at) * 1e3,
         )
 
-    def check(self) -> None:
+    @property
+    def current(self) -> int:
+        return getattr(self.threads, "device", 0)
+
+    def check(self, device: int) -> None:
+        assert self.current == device, f"a thread whose device is {self.current} works with device {device}"
         if self.lost:
             raise CUDARuntimeError(self.lost)
 
+    def from_dlpack(self, array: Any) -> np.ndarray[Any, Any]:
+        return np.from_dlpack(array)
+
     def empty(self, nbytes: int, dtype: type) -> np.ndarray[Any, Any]:
-        self.check()
+        self.check(self.current)
         if self.used + nbytes > self.budget:
             raise OutOfMemoryError(f"{nbytes} bytes asked, {self.budget - self.used} left")
         self.used += nbytes
@@ -168,12 +186,17 @@ class FakeCupy:
         for stream in self.streams.values():
             stream.join()
 
+    def _mem_get_info(self) -> tuple[int, int]:
+        self.check(self.current)
+        return self.budget - self.used, self.budget
+
     def _freed(self, nbytes: int) -> None:
         self.used -= nbytes
 
-    def _stream(self, non_blocking: bool) -> Stream:
+    def _stream(self, non_blocking: bool, priority: int = 0) -> Stream:
         assert non_blocking, "a blocking stream waits for the legacy default stream"
         stream = Stream(self)
+        stream.priority = priority
         self.streams[stream.ptr] = stream
         return stream
 
@@ -188,9 +211,26 @@ class FakeCupy:
 
         return Pinned()
 
+    def _device(self, index: int) -> Device:
+        device = Device("cpu")
+        device.id, device.fake = index, self
+        return device
+
+    def _memset(self, target: int, value: int, nbytes: int, stream: int) -> None:
+        self.streams[stream].enqueue(lambda: ctypes.memset(target, value, nbytes))
+
     def _memcpy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         self.copies += 1
         self.streams[stream].enqueue(lambda: ctypes.memmove(target, source, nbytes))
+
+
+class FakeLibrary(CupyLibrary):  # type: ignore[misc]  # mypy knows it as backends/
+    def __init__(self, device: str, fake: FakeCupy) -> None:
+        self.fake = fake
+        super().__init__(device)
+
+    def _import(self) -> tuple[Any, Any]:
+        return self.fake, numpy_xp
 
 
 class StandInBackend(CupyBackend):  # type: ignore[misc]  # mypy knows it as backends/
@@ -206,12 +246,8 @@ class StandInBackend(CupyBackend):  # type: ignore[misc]  # mypy knows it as bac
     def available(cls, device: str | None) -> str | None:
         return None
 
-    def _load(self) -> tuple[Any, Any]:
-        return self.fake, numpy_xp
-
-    def _take(self, device: str | None) -> tuple[Any, Any]:
-        xp, _ = super()._take(device)
-        return xp, "cpu"  # what numpy calls its device
+    def _open_library(self) -> CupyLibrary:
+        return FakeLibrary(self.device, self.fake)
 
     def _address(self, array: Any) -> int:
         return int(array.ctypes.data)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gpu_byoc_backends._driver import device_index, driver_problem
+from gpu_byoc_backends._driver import device_index, driver_problem, import_problem, nvrtc_package
 
 # Asks in a process of its own, so that nothing this one has imported counts. None in sys.modules blocks a module.
 _ASK = """
@@ -88,6 +88,26 @@ def test_a_broken_installation_is_not_a_missing_one(name: str, tmp_path: Path) -
 )
 def test_device_names(device: str | None, index: int | None) -> None:
     assert device_index(device) == index
+
+
+@pytest.mark.parametrize(
+    ("cuda", "package"),
+    [(12, "nvidia-cuda-nvrtc-cu12"), (13, "nvidia-cuda-nvrtc~=13.0"), (14, "nvidia-cuda-nvrtc~=14.0")],
+)
+def test_each_cuda_has_its_nvrtc(cuda: int, package: str) -> None:
+    assert nvrtc_package(cuda) == package
+
+
+def test_a_broken_installation_is_named_as_it_was_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """cupy is installed as cupy-cuda12x, cupy-cuda13x or cupy; another one beside it would break both."""
+    (tmp_path / "broken_cupy").mkdir()
+    (tmp_path / "broken_cupy" / "__init__.py").write_text("raise ImportError('libnvrtc.so.13')")
+    info = tmp_path / "cupy_cuda13x-14.2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cupy-cuda13x\nVersion: 14.2.0\n")
+    (info / "top_level.txt").write_text("broken_cupy\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert (import_problem("broken_cupy") or "").endswith("pip install --force-reinstall cupy-cuda13x")
 
 
 # --- the driver, whose library a stand-in plays

@@ -116,6 +116,30 @@ def test_without_sharing_every_item_leaves_alone() -> None:
     assert [i.stream for i in batcher.take(3)] == ["b"]
 
 
+def test_it_says_why_each_batch_left() -> None:
+    batcher: Batcher[str] = Batcher(2)
+    for stream in "abc":
+        batcher.add(item(stream))
+    assert [len(batcher.take(1)), len(batcher.take(1)), len(batcher.take(1))] == [2, 1, 0]
+    assert batcher.left == {"full": 1, "device_free": 1}
+
+    patient: Batcher[str] = Batcher(3, max_wait=100)
+    patient.add(item("a", 0))
+    assert patient.take(50) == []
+    assert len(patient.take(100)) == 1
+    patient.add(item("a", 200))
+    assert len(patient.take(201, drain=True)) == 1, "nobody waits for company any more"
+    for stream, key in (("a", "k"), ("b", "k"), ("c", "other")):
+        patient.add(item(stream, 300, key=key))
+    assert [len(patient.take(300)), len(patient.take(400))] == [2, 1], "enough wait, though not all of one kind"
+    assert patient.left == {"max_wait": 2, "drain": 1, "full": 1}
+
+    single: Batcher[str] = Batcher(8, share=False)
+    single.add(item("a"))
+    single.take(0)
+    assert single.left == {"alone": 1}
+
+
 def test_drain_takes_everything() -> None:
     batcher: Batcher[str] = Batcher(2)
     items = [item("a", 1), item("a", 2), item("b", 3)]
@@ -130,3 +154,25 @@ def test_drain_takes_everything() -> None:
 def test_an_item_must_fit_a_batch(frames: int) -> None:
     with pytest.raises(ValueError, match="a batch holds"):
         Batcher[str](2).add(item("a", frames=frames))
+
+
+def test_a_limit_that_is_reached_is_full_and_waits_for_nobody() -> None:
+    batcher: Batcher[str] = Batcher(8, max_wait=100, limit=lambda first: 2)
+    batcher.add(item("a"))
+    assert batcher.due(5) == 100
+    batcher.add(item("b", arrived=3))
+    assert batcher.due(5) == 5
+    assert [i.stream for i in batcher.take(5)] == ["a", "b"]
+    assert batcher.left == {"full": 1}
+
+
+def test_a_limit_makes_batches_smaller_and_splits_no_item() -> None:
+    limit = 2
+    batcher: Batcher[str] = Batcher(8, limit=lambda first: limit)
+    batcher.add(item("a", 1, frames=3))
+    for arrived, stream in enumerate("bcde", start=2):
+        batcher.add(item(stream, arrived))
+    assert [i.stream for i in batcher.take(9)] == ["a"], "more than the limit: alone"
+    assert [i.stream for i in batcher.take(9)] == ["b", "c"]
+    limit = 100
+    assert [i.stream for i in batcher.take(9)] == ["d", "e"]

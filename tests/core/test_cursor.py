@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gpu_byoc.core.cursor import (
     CLOSED,
     LATEST,
+    OLDEST,
     PATIENCE,
     SEQ,
     STEP,
@@ -25,7 +26,7 @@ from gpu_byoc.core.cursor import (
     Subscription,
     first_index,
 )
-from gpu_byoc.core.trickle import NEWEST, NEXT, Ended, Limits, Segment, Trickle
+from gpu_byoc.core.trickle import NEWEST, NEXT, RING, Ended, Limits, Segment, Trickle
 from gpu_byoc.errors import ChannelFailed, ChannelMissing, SegmentFailed
 
 
@@ -75,8 +76,41 @@ def test_too_slow_goes_on_at_what_comes_next() -> None:
     cursor = at(3)
     assert cursor.answered(470, absent(10)) == Ask(10, STEP)
     assert cursor.skipped == 7
-    assert cursor.answered(200, {SEQ: "10"}) == Read(10)
-    assert cursor.skipped == 7
+    assert cursor.answered(200, {SEQ: "11"}) == Read(11, skipped=8), "both gaps are before this one"
+    assert cursor.answered(200, {SEQ: "12"}) == Read(12)
+    assert cursor.skipped == 8
+
+
+@pytest.mark.parametrize(
+    ("latest", "asked"),
+    [(0, [0]), (1, [0, 1]), (3, [0, 1, 2, 3]), (RING, [0, 1, 2, 3, 4, 5]), (100, [0, 95, 96, 97, 98, 99, 100])],
+)
+def test_the_oldest_is_looked_for_at_once_and_what_is_gone_was_not_missed(latest: int, asked: list[int]) -> None:
+    """A channel of which nothing is left: each index that the ring may hold is tried once."""
+    cursor = Subscription(OLDEST)
+    asks = [cursor.ask().seq]
+    while asks[-1] < latest:
+        ask = cursor.answered(470, absent(latest))
+        assert ask == Ask(cursor.ask().seq), "without a pause"
+        asks.append(cursor.ask().seq)
+    assert asks == asked
+    assert cursor.answered(200, {SEQ: str(latest)}) == Read(latest)
+    assert cursor.answered(470, absent(latest + 9)) == Ask(latest + 9, STEP), "from here on it is like any other"
+    assert cursor.skipped == 8
+
+
+def test_the_oldest_that_is_there_is_read_and_all_after_it() -> None:
+    root = Trickle(Limits(), now=0)
+    channel = root.create("a", "", now=0)
+    for number in range(12):
+        channel.write(str(number).encode(), now=0)
+    cursor, got = Subscription(OLDEST), list[str]()
+    for _ in range(10):
+        found = read_on(cursor, channel.find, lambda: channel.next_seq)
+        if found is not None:
+            got.append(found[1])
+    assert got == ["8", "9", "10", "11"], "the ring of five has these, and the one that is to come"
+    assert cursor.skipped == 0
 
 
 def test_a_named_index_that_is_absent_skips_nothing_we_know_of() -> None:
@@ -154,9 +188,10 @@ answers = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from([NEWEST, NEXT, 0, 5]), answers)
+@given(st.sampled_from([OLDEST, NEWEST, NEXT, 0, 5]), answers)
 def test_whatever_a_server_answers(start: int, given_answers: list[tuple[int, str, str, bool]]) -> None:
-    cursor, failures, met = Subscription(start), 0, False
+    cursor, failures, met, missed = Subscription(start), 0, False, 0
+    seeking = start == OLDEST
     for status, seq, latest, closed in given_answers:
         headers = {name: value for name, value in ((SEQ, seq), (LATEST, latest)) if value}
         before = cursor.ask().seq
@@ -177,10 +212,16 @@ def test_whatever_a_server_answers(start: int, given_answers: list[tuple[int, st
         if isinstance(decision, Read):
             assert status == 200
             assert asks == decision.seq + 1 > 0
-            assert decision.skipped == (max(0, decision.seq - before) if before >= 0 else 0)
-            met, failures = True, 0
+            assert decision.skipped == cursor.skipped - missed
+            assert decision.skipped >= (max(0, decision.seq - before) if before >= 0 else 0)
+            met, failures, missed, seeking = True, 0, cursor.skipped, False
             continue
         assert decision.seq == asks
+        if seeking and asks > before:
+            assert asks <= int(latest)
+            assert decision.after == 0
+            met, failures = True, 0
+            continue
         assert decision.after >= STEP, "a server is never asked again at once"
         if status == 470 and latest.isdigit():
             assert asks in (before, int(latest))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_byoc.core.meter import ENDED, KEPT_SECONDS, SECOND, Meter, Share, Usage, by_second, split
+from gpu_byoc.core.meter import ENDED, KEPT_SECONDS, SECOND, Balance, Meter, Share, Usage, by_second, split
 
 weights = st.lists(st.integers(0, 10**8), min_size=1, max_size=20).filter(any)
 intervals = st.integers(0, 5 * SECOND)
@@ -95,3 +95,29 @@ def test_rows_are_kept_for_a_minute_and_totals_for_ever() -> None:
     assert meter.end("a") == Usage()
     meter.book(300 * SECOND, 1, 0, [Share("a", 1, 1, 0)])  # a frame that was still on the device
     assert {name: usage.frames for name, usage in meter.totals.items()} == {ENDED: 201}
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 10**9), st.integers(0, 10**9), st.integers(1, 99))))
+def test_the_names_add_up_to_the_device_whenever_somebody_ends(batches: list[tuple[str, int, int, int]]) -> None:
+    meter, handed = Meter(), 0
+    for name, compute, copy, pixels in batches:
+        meter.open(name)
+        parts = meter.book(3 * SECOND, compute, copy, [Share(name, 1, pixels, 0), Share("late", 1, 7, 0)])
+        handed += sum(map(sum, parts))
+        if pixels % 2:
+            meter.end(name)
+        device, names = meter.spent()
+        assert Balance(device, names, device, handed).error == 0.0
+
+
+@pytest.mark.parametrize(
+    ("balance", "error"),
+    [
+        (Balance(0, 0, 0, 0), 0.0),
+        (Balance(1000, 980, 1000, 1000), 0.02),  # lost on the way to a name
+        (Balance(1000, 1000, 500, 550), 0.05),  # handed out twice
+        (Balance(0, 5, 0, 0), 5.0),
+    ],
+)
+def test_the_error_is_the_larger_difference(balance: Balance, error: float) -> None:
+    assert balance.error == error

@@ -53,6 +53,15 @@ def test_rates_are_since_the_last_beat() -> None:
     assert session.beat(13.0)["egress"] == 0.0
 
 
+def test_what_was_lost_after_it_went_out_is_dropped_and_not_out() -> None:
+    session = Session(0.0)
+    for _ in range(5):
+        session.came_in()
+        session.went_out(0.01)
+    session.took_back(3, "segment_lost")
+    assert (session.frames_in, session.frames_out, dict(session.dropped)) == (5, 2, {"segment_lost": 3})
+
+
 def test_percentiles_of_latency() -> None:
     session = Session(began=0.0)
     assert session.latency(0.5) is None

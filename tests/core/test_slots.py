@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,18 +20,32 @@ class Pool(RuleBasedStateMachine):
         self.pool = SlotPool(5)
         self.holds: list[Hold] = []
         self.line: list[Want] = []
+        self.turns: list[str] = []  # owners that wait; the first is next
 
     def tell(self, served: list[Want]) -> None:
         for want in served:
-            assert want is self.line.pop(0), "served out of turn"
+            assert want is self.next(), "served out of turn"
             assert want.hold is not None
             self.holds.append(want.hold)
+            self.leave(want)
+            if want.owner in self.turns:
+                self.turns.append(self.turns.pop(0))
 
-    @rule(count=st.integers(1, 5))
-    def want(self, count: int) -> None:
-        want = self.pool.want(count)
+    def next(self) -> Want:
+        return next(want for want in self.line if want.owner == self.turns[0])
+
+    def leave(self, want: Want) -> None:
+        self.line.remove(want)
+        if all(other.owner != want.owner for other in self.line):
+            self.turns.remove(str(want.owner))
+
+    @rule(count=st.integers(1, 5), owner=st.sampled_from("abc"))
+    def want(self, count: int, owner: str) -> None:
+        want = self.pool.want(count, owner)
         if want.hold is None:
             self.line.append(want)
+            if owner not in self.turns:
+                self.turns.append(owner)
         else:
             assert not self.line, "overtook those who wait"
             self.holds.append(want.hold)
@@ -38,8 +54,22 @@ class Pool(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         want = data.draw(st.sampled_from(self.line))
-        self.line.remove(want)
+        self.leave(want)
         self.tell(self.pool.cancel(want))
+
+    @precondition(lambda self: self.line)
+    @rule(owner=st.sampled_from("abcd"))
+    def rival(self, owner: str) -> None:
+        """Whoever gives way has more than the newcomer even afterwards, and nobody has more; nobody is served by it."""
+        waiting = Counter(str(want.owner) for want in self.line)
+        rival = self.pool.rival(owner)
+        if rival is None:
+            assert max(waiting.values()) < waiting[owner] + 2
+            return
+        assert waiting[str(rival.owner)] == max(waiting.values()) >= waiting[owner] + 2
+        assert rival is [want for want in self.line if want.owner == rival.owner][-1]
+        self.leave(rival)
+        assert self.pool.cancel(rival) == []
 
     @precondition(lambda self: self.holds)
     @rule(data=st.data(), event=st.sampled_from(["submit", "start", "finish", "release"]))
@@ -69,12 +99,14 @@ class Pool(RuleBasedStateMachine):
     def nobody_waits_for_what_is_there(self) -> None:
         assert self.pool.waiting == len(self.line)
         if self.line:
-            assert self.line[0].count > self.pool.free
+            assert self.next().count > self.pool.free
 
     def teardown(self) -> None:
         """However it was left: when everything ends, all slots are free and nobody waits."""
         while self.line:
-            self.tell(self.pool.cancel(self.line.pop()))
+            want = self.line[-1]
+            self.leave(want)
+            self.tell(self.pool.cancel(want))
         for hold in self.holds:
             running = hold.state is State.RUNNING
             assert not self.pool.move(hold, "release")
@@ -129,3 +161,14 @@ def test_a_small_want_does_not_overtake_a_large_one() -> None:
 def test_impossible_wants(count: int) -> None:
     with pytest.raises(ValueError, match="of 2 slots"):
         SlotPool(2).want(count)
+
+
+def test_what_is_taken_one_by_one_lies_side_by_side_whatever_order_it_came_back_in() -> None:
+    pool = SlotPool(8)
+    holds = [pool.want(1).hold for _ in range(8)]
+    for index in (5, 2, 7, 0, 3, 6, 1, 4):
+        hold = holds[index]
+        assert hold is not None
+        pool.move(hold, "release")
+    again = [want.hold.slots[0] for want in (pool.want(1) for _ in range(4)) if want.hold]
+    assert again == [0, 1, 2, 3]

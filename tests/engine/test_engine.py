@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from gpu_byoc_backends.numpy_cpu import NumpyBackend
 
-from gpu_byoc.backend import Batch, BatchTimes
 from gpu_byoc.config import EngineConfig
 from gpu_byoc.engine.device import Outcome
-from gpu_byoc.engine.engine import MAX_ROOMS, Engine, Lease
+from gpu_byoc.engine.engine import MAX_ROOMS, STALE, Engine
 from gpu_byoc.errors import (
+    BadParams,
     DeviceLost,
     Draining,
     GpuByocError,
@@ -27,60 +27,9 @@ from gpu_byoc.errors import (
     TooLarge,
 )
 from gpu_byoc.frames import FrameSpec
-from gpu_byoc.processor import ArrayProcessor, parse_params
+from gpu_byoc.processor import ArrayProcessor
 from gpu_byoc.processors.green_tint import GreenTint
-
-SPEC = FrameSpec(4, 2)
-WAIT = 20.0
-
-
-class Gated(ArrayProcessor):
-    """Adds 1 to every byte, waits at a gate if there is one, and cannot stand the byte 13."""
-
-    def __init__(self) -> None:
-        self.gate: threading.Event | None = None
-        self.entered: queue.Queue[int] = queue.Queue()
-        self.sizes: list[int] = []
-
-    def process_batch(self, frames: Any, params: Any, xp: Any) -> Any:
-        self.sizes.append(len(frames))
-        self.entered.put(len(frames))
-        if self.gate is not None:
-            assert self.gate.wait(WAIT)
-        if (frames == 13).any():
-            raise ValueError("thirteen")
-        return frames + np.uint8(1)
-
-
-class House:
-    """An engine and what its callers do, in blocking words."""
-
-    def __init__(self, processor: ArrayProcessor, backend: Any = None, **config: Any) -> None:
-        self.processor = processor
-        self.engine = Engine(backend or NumpyBackend(), processor, EngineConfig(**config))
-        self.engine.start().result(WAIT)
-        self.params = parse_params(processor, {})
-
-    def lease(self, frames: int = 1, spec: FrameSpec = SPEC) -> Lease:
-        answer: queue.Queue[GpuByocError | None] = queue.Queue()
-        lease = self.engine.lease(spec, frames, answer.put)
-        if not lease.granted:
-            error = answer.get(timeout=WAIT)
-            if error is not None:
-                lease.release()
-                raise error
-        return lease
-
-    def submit(self, value: int, stream: str = "s", frames: int = 1) -> tuple[Lease, queue.Queue[Outcome]]:
-        lease = self.lease(frames)
-        for view in lease.views:
-            view[:] = bytes([value]) * view.nbytes
-        outcome: queue.Queue[Outcome] = queue.Queue()
-        lease.submit(stream, self.params, outcome.put)
-        return lease, outcome
-
-    def free(self) -> int:
-        return sum(room["free"] for room in self.engine.rooms())
+from tests.support.engines import SPEC, WAIT, Gated, House, Staged, value
 
 
 @pytest.fixture
@@ -99,10 +48,6 @@ def house(processor: Gated) -> Iterator[House]:
 
 def _put(into: queue.Queue[int], number: int, _: object) -> None:
     into.put(number)
-
-
-def value(lease: Lease) -> set[int]:
-    return {byte for view in lease.views for byte in view}
 
 
 def test_a_frame_goes_in_and_comes_out(house: House) -> None:
@@ -247,6 +192,59 @@ def test_what_memory_is_left_is_enough_for_fewer_slots() -> None:
     house.engine.close()
 
 
+def sizes(house: House) -> dict[int, int]:
+    return {room["frame_bytes"]: room["slots"] for room in house.engine.rooms()}
+
+
+def aged(house: House) -> None:
+    """As if nobody had asked for anything for longer than it takes."""
+    for room in house.engine._rooms.values():
+        room.used -= STALE + 1
+
+
+def test_sizes_that_come_in_turn_keep_their_memory() -> None:
+    class Counting(NumpyBackend):  # type: ignore[misc]
+        made = 0
+
+        def arena(self, nbytes: int, slots: int) -> Any:
+            self.made += 1
+            return super().arena(nbytes, slots)
+
+    backend = Counting()
+    large, middle, small = FrameSpec(100, 8), FrameSpec(50, 4), FrameSpec(20, 4)
+    memory = 32 * (large.nbytes + middle.nbytes) + 10 * small.nbytes
+    house = House(Gated(), backend, slots=32, max_batch=8, memory=memory)
+    for _ in range(5):
+        for spec in (large, middle, small):
+            house.lease(spec=spec).release()
+    assert backend.made == 3
+    assert sizes(house) == {large.nbytes: 32, middle.nbytes: 32, small.nbytes: 10}
+    aged(house)
+    house.lease(spec=small).release()
+    assert sizes(house) == {middle.nbytes: 32, small.nbytes: 32}, "what nobody has used for long makes way for it"
+    house.lease(spec=large).release()
+    assert sizes(house)[large.nbytes] >= 8, "a batch of it, at once, whoever has been here"
+    house.engine.close()
+
+
+def test_memory_that_was_made_small_is_made_anew_for_a_job_that_needs_more() -> None:
+    small, large = FrameSpec(50, 1), FrameSpec(100, 1)
+    house = House(Gated(), slots=10, max_batch=4, memory=10 * large.nbytes + 2 * small.nbytes)
+    held = house.lease(spec=large)
+    house.lease(spec=small).release()
+    assert sizes(house) == {large.nbytes: 10, small.nbytes: 2}
+    with pytest.raises(Overloaded, match="other sizes"):
+        house.lease(4, spec=small)
+    held.release()
+    busy = house.lease(spec=small)
+    with pytest.raises(Overloaded, match="other sizes"):
+        house.lease(4, spec=small)
+    busy.release()
+    house.lease(4, spec=small).release()
+    assert sizes(house)[small.nbytes] == 10
+    house.engine.close()
+
+
 def test_frame_sizes_are_bounded() -> None:
     house = House(Gated(), slots=2, max_batch=1)
     for width in range(1, 2 * MAX_ROOMS):
@@ -314,38 +312,6 @@ def test_closing_without_flush_fails_what_waits(house: House, processor: Gated) 
     for each in [lease, in_line, running[0], *(w[0] for w in waiting)]:
         each.release()
     assert house.free() == 8
-
-
-class Staged(NumpyBackend):  # type: ignore[misc]
-    """numpy's work, landing only when ``gates[number of the batch]`` opens: a device with several on their way."""
-
-    depth = 3
-
-    def __init__(self, lost: int = 0) -> None:
-        super().__init__()
-        self.count = 0
-        self.lost = lost
-        self.gates = [threading.Event() for _ in range(20)]
-        self.submitted: queue.Queue[int] = queue.Queue()
-
-    def submit(self, batch: Batch) -> Any:
-        self.count += 1
-        number = self.count
-        try:
-            done = super().submit(batch)
-        finally:
-            self.submitted.put(number)
-        gate, lost = self.gates[number], number == self.lost
-
-        class Later:
-            def wait(self) -> BatchTimes:
-                assert gate.wait(WAIT)
-                if lost:
-                    raise DeviceLost("an illegal address was met")
-                times: BatchTimes = done.wait()
-                return times
-
-        return Later()
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3, 4])
@@ -447,6 +413,56 @@ def test_whatever_a_processor_raises_fails_its_frame_only(kind: type[BaseExcepti
     bad.release()
     good.release()
     house.engine.close()
+
+
+class Unreadable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("its own __str__")
+
+
+@pytest.mark.parametrize(
+    ("raised", "told", "says"),
+    [
+        (Unreadable(), ProcessorFailed, "Raises raised Unreadable: (its text cannot be read)"),
+        (BadParams("boost", "too much"), BadParams, "parameter 'boost': too much"),
+    ],
+)
+def test_whatever_it_says_each_job_gets_an_error_of_its_own(raised: Exception, told: Any, says: str) -> None:
+    class Raises(ArrayProcessor):
+        def process_batch(self, frames: Any, params: Any, xp: Any) -> Any:
+            raise raised
+
+    house = House(Raises())
+    jobs = [house.submit(1, f"s{n}") for n in range(3)]
+    errors = [outcome.get(timeout=WAIT).error for _, outcome in jobs]
+    assert [(type(error), str(error)) for error in errors] == [(told, says)] * 3
+    assert len({id(error) for error in [raised, *errors]}) == 4
+    assert house.engine.fatal is None
+    for lease, _ in jobs:
+        lease.release()
+    house.engine.close()
+
+
+@pytest.mark.parametrize("which", ["", "-landing", "-canary", "-watch"])
+def test_a_thread_that_cannot_be_started_is_said_and_leaves_none_behind(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Probed(Staged):
+        def probe(self) -> None:
+            pass
+
+    def start(self: threading.Thread) -> None:
+        if self.name == f"gpu-byoc-numpy{which}":
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    real = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    engine = Engine(Probed(), Gated(), EngineConfig())
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        engine.start().result(WAIT)
+    engine.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("gpu-byoc-numpy")]
 
 
 def test_a_kernel_that_fails_in_place_fails_its_batch_and_nothing_is_computed_twice() -> None:

@@ -326,7 +326,7 @@ async def test_an_early_answer_ends_the_upload(tmp_path: Path) -> None:
         url, headers = f"http://127.0.0.1:{gate.port}{ROUTE}", {"X-Model-Id": MODEL}
         async with client() as session, session.post(url, data=stuck(), headers=headers) as got:
             assert got.status == 415
-        assert orch.running == 0
+        await soon(lambda: orch.running == 0)
         container.job = echo
         assert (await post(gate)).body == FRAME
 

@@ -6,6 +6,7 @@ import asyncio
 import re
 import signal
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_byoc.errors import ConfigError
+from gpu_byoc.local import ledger as ledgers
 from gpu_byoc.local.ledger import FILE, Entry, Ledger, Totals, billed, compute_seconds, read_usage, utc
 from tests.local.kit import in_loop, soon
 from tests.support.processes import running
@@ -92,18 +94,21 @@ async def test_rows_are_read_while_it_writes(tmp_path: Path) -> None:
 async def test_rows_wait_while_the_disk_refuses_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ledger = Ledger(tmp_path)
     ledger.open()
-    with sqlite3.connect(tmp_path / FILE) as vandal:
-        vandal.execute("ALTER TABLE jobs RENAME TO gone")
-    vandal.close()
-    ledger.add(entry(1))
-    await soon(lambda: "no such table" in ledger.error)
-    assert "keeping the rows in memory" in caplog.text
-    with sqlite3.connect(tmp_path / FILE) as vandal:
-        vandal.execute("ALTER TABLE gone RENAME TO jobs")
-    vandal.close()
-    ledger.add(entry(2))
-    await soon(lambda: ledger.error == "")
-    await ledger.close()
+    try:
+        with sqlite3.connect(tmp_path / FILE) as vandal:
+            vandal.execute("ALTER TABLE jobs RENAME TO gone")
+        vandal.close()
+        await ledger.book(entry(1))
+        assert "no such table" in ledger.error
+        assert (ledger.waiting, ledger.totals.jobs) == (1, 0)
+        assert "no new jobs until it takes rows again" in caplog.text
+        with sqlite3.connect(tmp_path / FILE) as vandal:
+            vandal.execute("ALTER TABLE gone RENAME TO jobs")
+        vandal.close()
+        await soon(lambda: (ledger.error, ledger.waiting) == ("", 0))  # tried again without anything new
+        await ledger.book(entry(2))
+    finally:
+        await ledger.close()
     assert read_usage(tmp_path, 9).entries == [entry(1), entry(2)]
 
 
@@ -136,15 +141,19 @@ for number in itertools.count():
 
 
 BEGUN = """
-import sys
+import asyncio, sys
 from pathlib import Path
 from gpu_byoc.local.ledger import Entry, Ledger
-ledger = Ledger(Path(sys.argv[1]))
-ledger.open()
-ledger.add(Entry("job1", "a", "2026-01-01T00:00:00.000Z", 0.5, 1, 0.25, "ok", 200))
-ledger.begin("job2", "a", "2026-01-01T00:00:01.000Z")
-print("begun", flush=True)
-sys.stdin.read()
+
+async def main():
+    ledger = Ledger(Path(sys.argv[1]))
+    ledger.open()
+    ledger.add(Entry("job1", "a", "2026-01-01T00:00:00.000Z", 0.5, 1, 0.25, "ok", 200))
+    ledger.begin("job2", "a", "2026-01-01T00:00:01.000Z")
+    print("begun", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
 """
 
 
@@ -182,13 +191,32 @@ async def test_a_row_is_completed_whether_or_not_it_was_written_before(tmp_path:
     try:
         ledger.begin("job1", "a", utc(1_700_000_000.0))
         await soon(lambda: [row.outcome for row in read_usage(tmp_path, 9).entries] == ["running"])
-        ledger.begin("job2", "a", utc(1_700_000_000.0))
+        ledger.begin("job2", "a", utc(1_700_000_000.0)).cancel()
         ledger.add(entry(2))
-        ledger.add(entry(1))
+        await ledger.book(entry(1))
+        assert [row.outcome for row in read_usage(tmp_path, 9).entries] == ["ok", "ok"], "also what came before"
+        ledger.add(entry(1), entry(1))
+        assert ledger.totals.jobs == 2
+        ledger.add(replace(entry(3), outcome="client_gone"), entry(3))
     finally:
         await ledger.close()
-    assert read_usage(tmp_path, 9).entries == [entry(1), entry(2)]
-    assert ledger.totals.jobs == 2
+    found = [(row.job_id, row.outcome) for row in read_usage(tmp_path, 9).entries]
+    assert found == [("job1", "ok"), ("job2", "ok"), ("job3", "client_gone")]
+
+
+@in_loop
+async def test_whoever_books_waits_for_nobody_elses_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that may wait for company does not hold up one that may not."""
+    monkeypatch.setattr(ledgers, "GATHER_SECONDS", 1000.0)
+    ledger = Ledger(tmp_path)
+    ledger.open()
+    try:
+        ledger.add(entry(1))
+        async with asyncio.timeout(20):
+            await ledger.book(entry(2))
+        assert read_usage(tmp_path, 9).entries == [entry(1), entry(2)]
+    finally:
+        await ledger.close()
 
 
 def test_kill_9_tears_no_row(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from gpu_byoc.errors import ConfigError, PortInUse
 from gpu_byoc.local import goflags
 from gpu_byoc.local.jobclient import ANSWER_SECONDS
 from gpu_byoc.local.ledger import Entry, Ledger
-from gpu_byoc.local.network import FLAGS, address, http_url, main, read_config, usage_main
+from gpu_byoc.local.network import FLAGS, address, http_url, main, read_config
 from gpu_byoc.local.orchestrator import Orchestrator
+from gpu_byoc.local.usage import main as usage_main
 from tests.local.kit import FRAME, MODEL, box, in_loop, post
 from tests.support.processes import free_port, running
 
@@ -208,11 +209,11 @@ def test_usage_of_an_empty_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out) == {"jobs": [], "totals": {}}
 
 
-@pytest.mark.parametrize("flags", [(), ("-json",)])
+@pytest.mark.parametrize("flags", [(), ("-json",), ("-csv", "-last", "-1")])
 def test_usage_into_a_pipe_that_nobody_reads(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """As ``gpu-byoc usage | head`` does when head has its lines: no complaint."""
     _ledger(tmp_path, 50)
-    program = "import sys; from gpu_byoc.local.network import usage_main; sys.exit(usage_main(sys.argv[1:]))"
+    program = "import sys; from gpu_byoc.local.usage import main; sys.exit(main(sys.argv[1:]))"
     reading, writing = os.pipe()
     os.close(reading)
     try:

@@ -76,7 +76,10 @@ def test_a_token_of_go_livepeer() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [[], None, {"available_capacity": "2"}, {"available_capacity": True}, {"service_addr": 1}, {"service_addr": "b"}],
+    [
+        *([], None, {"available_capacity": "2"}, {"available_capacity": True}, {"service_addr": 1}),
+        *({"service_addr": "b"}, {"service_addr": "http://"}, {"service_addr": "http://a..b:1"}),
+    ],
 )
 def test_no_token(value: object) -> None:
     with pytest.raises(ValueError, match="token"):

@@ -115,6 +115,16 @@ def test_clocks_that_differ_do_not_pull_sound_away_from_video(drift: float) -> N
     assert (transcoder.skipped > 20) == (drift < 1)
 
 
+def test_a_rate_that_is_no_fraction_of_48_khz_does_not_add_up_to_a_gap() -> None:
+    """1,152 samples at 44.1 kHz are 1,253.9 at 48 kHz: a rounded count would be 20 ms behind within half a minute."""
+    source = mp2(65, [], 44_100, 1)
+    transcoder = OpusTranscoder(source[0].track)
+    packets = [each for packet in source for each in transcoder.convert(packet)]
+    assert len(packets) > 3200
+    assert {later.pts - earlier.pts for earlier, later in pairwise(packets)} == {OPUS_TICKS}
+    assert transcoder.skipped == 0
+
+
 def test_what_cannot_be_decoded_is_counted() -> None:
     single = mp2(1.0, [])
     transcoder = OpusTranscoder(MP2)

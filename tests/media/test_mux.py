@@ -201,6 +201,28 @@ def test_a_keyframe_shortly_before_its_time_starts_the_segment() -> None:
     assert not segmenter.wants_key(50 * 3600)
 
 
+def test_a_keyframe_of_the_input_is_let_off_once_so_that_heavy_frames_are_apart_for_good() -> None:
+    segmenter = Segmenter()
+    keys = []
+    for number in range(251):
+        pts = CLOCK + number * 3600
+        key = segmenter.wants_key(pts, heavy=number % 50 == 0)
+        segmenter.video(coded(pts, key=key))
+        keys += [number] if key else []
+    assert keys == [0, 51, 101, 151, 201], "the first starts the stream; the others avoid the input's"
+
+
+def test_where_all_frames_are_keyframes_segments_are_one_frame_longer() -> None:
+    segmenter = Segmenter()
+    keys = []
+    for number in range(160):
+        pts = CLOCK + number * 3600
+        if segmenter.wants_key(pts, heavy=True):
+            keys.append(number)
+        segmenter.video(coded(pts, key=number in keys))
+    assert keys == [0, 51, 102, 153]
+
+
 def test_ffmpeg_decodes_each_segment_on_its_own() -> None:
     segmenter, encoder, pieces = Segmenter(seconds=0.4), Encoder(FrameSpec(64, 48)), []
     for number in range(30):

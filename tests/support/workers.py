@@ -16,8 +16,7 @@ from gpu_byoc.config import EngineConfig, ServeConfig
 from gpu_byoc.processor import Processor
 from gpu_byoc.transport.listen import bind, port_of, serve
 from gpu_byoc.worker.app import Worker
-from gpu_byoc.worker.jobs import STREAM
-from gpu_byoc.worker.serve import open_engine
+from gpu_byoc.worker.devices import open_engine
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,8 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(processor: Processor, engine: EngineConfig | None = None, **config: Any) -> AsyncIterator[Running]:
-    settings = ServeConfig(
-        host="127.0.0.1",
-        port=0,
-        backend="numpy",
-        capability="green-tint-cpu",
-        engine=engine or EngineConfig(),
-        **config,
-    )
+    fixed: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "backend": "numpy", "capability": "green-tint-cpu"}
+    settings = ServeConfig(**fixed | config, engine=engine or EngineConfig())
     worker = Worker(settings, processor)
     sock = bind("127.0.0.1", 0)
     port = port_of(sock)
@@ -69,7 +62,6 @@ async def running(processor: Processor, engine: EngineConfig | None = None, **co
     opened = None
     try:
         opened = worker.engine = await open_engine(settings, processor, worker.degraded)
-        opened.open_stream(STREAM)
         async with aiohttp.ClientSession() as session:
             yield Running(worker, session, f"http://127.0.0.1:{port}", port, sock)
     finally:

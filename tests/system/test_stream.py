@@ -7,146 +7,19 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
-from aiohttp import web
 
 from gpu_byoc.config import EngineConfig
-from gpu_byoc.core.trickle import Limits
-from gpu_byoc.processor import ArrayProcessor, Processor
+from gpu_byoc.processor import ArrayProcessor
 from gpu_byoc.processors.green_tint import GreenTint
 from gpu_byoc.processors.passthrough import Passthrough
-from gpu_byoc.transport.listen import bind, port_of, serve
 from gpu_byoc.transport.trickle_client import Publisher, Subscriber, open_session
-from gpu_byoc.transport.trickle_server import TrickleServer
 from tests.support.clips import frames, live_stream, packets, remuxed
-from tests.support.workers import Running, asynchronous, running
-
-CHANNELS = {"": "video/MP2T", "-out": "video/MP2T", "-control": "application/json", "-events": "application/json"}
-
-
-@dataclass
-class Rig:
-    """A trickle server beside a worker."""
-
-    worker: Running
-    server: TrickleServer
-    base: str
-
-    def urls(self, name: str) -> dict[str, str]:
-        url = self.base + name
-        return {
-            "gateway_request_id": name,
-            "subscribe_url": url,
-            "publish_url": url + "-out",
-            "control_url": url + "-control",
-            "events_url": url + "-events",
-            "data_url": url + "-data",
-        }
-
-    def create(self, name: str) -> None:
-        for suffix, mime in (CHANNELS | {"-data": "application/jsonl"}).items():
-            self.server.hub.create(name + suffix, mime)
-
-    def delete(self, name: str) -> None:
-        self.server.hub.delete(name)
-
-    async def call(self, what: str, body: Any = None, **headers: str) -> tuple[int, dict[str, Any]]:
-        named = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
-        url = f"{self.worker.url}/{what}"
-        async with self.worker.session.post(url, data=json.dumps(body or {}), headers=named) as answer:
-            return answer.status, await answer.json()
-
-    async def until_over(self) -> None:
-        await self.worker.until(lambda: len(self.worker.worker.streams) == 0)
-
-
-@dataclass
-class Viewer:
-    """What comes out of one stream."""
-
-    media: bytes = b""
-    segments: list[bytes] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    lines: list[dict[str, Any]] = field(default_factory=list)
-
-    def kinds(self) -> list[str]:
-        return [event["event"]["type"] for event in self.events]
-
-
-def beats(viewer: Viewer) -> list[dict[str, Any]]:
-    """Heartbeats, which come last when a stream ends."""
-    return [event["event"] for event in viewer.events if event["event"]["type"] == "heartbeat"]
-
-
-@contextlib.asynccontextmanager
-async def rig(
-    processor: Processor | None = None, engine: EngineConfig | None = None, **config: Any
-) -> AsyncIterator[Rig]:
-    server = TrickleServer(Limits())
-
-    app = web.Application(client_max_size=1 << 30)
-    server.mount(app, "/ai/trickle/")
-    sock = bind("127.0.0.1", 0)
-    runner = await serve(app, sock, shutdown=1.0)
-    try:
-        async with running(processor or GreenTint(), engine, **({"lossless": True} | config)) as worker:
-            yield Rig(worker, server, f"http://127.0.0.1:{port_of(sock)}/ai/trickle/")
-            await worker.worker.streams.close(5)
-            assert worker.free() == 0, "every slot came back"
-    finally:
-        await runner.cleanup()
-
-
-@contextlib.asynccontextmanager
-async def watching(r: Rig, name: str) -> AsyncIterator[Viewer]:
-    """Read a stream's output, events and data until their channels are closed."""
-    viewer = Viewer()
-
-    async def media() -> None:
-        async with Subscriber(session, r.base + name + "-out", start=0) as segments:
-            async for segment in segments:
-                data = await segment.read()
-                viewer.media += data
-                viewer.segments.append(data)
-
-    async def news(suffix: str, into: list[dict[str, Any]]) -> None:
-        async with Subscriber(session, r.base + name + suffix, start=0) as segments:
-            async for segment in segments:
-                into += [json.loads(line) for line in (await segment.read()).splitlines() if line]
-
-    async with open_session() as session:
-        tasks = [
-            asyncio.create_task(each) for each in (media(), news("-events", viewer.events), news("-data", viewer.lines))
-        ]
-        try:
-            yield viewer
-        finally:
-            for suffix in ("-out", "-events", "-data", "-control"):
-                r.server.hub.delete(name + suffix)
-            async with asyncio.timeout(20):
-                await asyncio.gather(*tasks)
-
-
-async def publish(r: Rig, name: str, segments: list[bytes], close: bool = True) -> None:
-    async with open_session() as session, Publisher(session, r.base + name, "video/MP2T", delete=close) as publisher:
-        for data in segments:
-            await publisher.send(data)
-        if close:  # what was sent last must be read before the channel goes
-            await r.worker.until(lambda: _taken(r, name) >= len(segments))
-
-
-def _taken(r: Rig, name: str) -> int:
-    stream = r.worker.worker.streams._streams.get(name)
-    return 10**9 if stream is None else stream.segments_in
-
-
-def clip(count: int = 20, parts: int = 2, **options: Any) -> list[bytes]:
-    """Segments of ``count`` pictures each, timestamps continuing."""
-    return [live_stream(count, first=90_000 + part * count * 3600, gop=count, **options) for part in range(parts)]
+from tests.support.streams import Gate, Rig, beats, clip, publish, rig, taken, watching
+from tests.support.workers import asynchronous
 
 
 @asynchronous
@@ -226,7 +99,7 @@ async def test_parameters_change_between_frames_and_bad_ones_are_refused() -> No
             await r.call("stream/start", r.urls("s") | {"params": {"boost": 0}})
             source = clip(10, 3)
             await publish(r, "s", source[:1], close=False)
-            stream = r.worker.worker.streams._streams["s"]
+            stream = r.stream("s")
             await r.worker.until(lambda: stream.session.frames_out == 10)
             status, answer = await r.call("stream/params", {"boost": 999})
             assert status == 422
@@ -357,18 +230,6 @@ async def test_size_and_frame_rate_on_request_and_a_change_of_size_in_the_middle
         assert sizes == [(64, 48)] * 20 + [(96, 64)] * 20
 
 
-class Gate(ArrayProcessor):
-    """Holds the device until it is opened."""
-
-    def __init__(self) -> None:
-        self.entered, self.gate = threading.Event(), threading.Event()
-
-    def process_batch(self, batch: Any, params: Any, xp: Any) -> Any:
-        self.entered.set()
-        assert self.gate.wait(20)
-        return batch
-
-
 @asynchronous
 async def test_frames_that_cannot_make_it_are_dropped_after_decoding_and_counted() -> None:
     gate = Gate()
@@ -376,7 +237,7 @@ async def test_frames_that_cannot_make_it_are_dropped_after_decoding_and_counted
         r.create("s")
         async with watching(r, "s") as viewer:
             await r.call("stream/start", r.urls("s"))
-            stream = r.worker.worker.streams._streams["s"]
+            stream = r.stream("s")
             await publish(r, "s", clip(20, 2), close=False)
             await r.worker.until(lambda: stream.session.frames_in == 40 and stream.segments_in == 2)
             await r.worker.until(lambda: sum(stream.session.dropped.values()) == 37)
@@ -398,7 +259,7 @@ async def test_a_worker_that_ends_flushes_its_streams() -> None:
             for name in ("a", "b"):
                 await r.call("stream/start", r.urls(name))
                 await publish(r, name, clip(20, 2), close=False)
-            await r.worker.until(lambda: _taken(r, "a") == _taken(r, "b") == 2)
+            await r.worker.until(lambda: taken(r, "a") == taken(r, "b") == 2)
             await r.worker.worker.streams.close(10)
             assert len(r.worker.worker.streams) == 0
         for viewer in (one, two):
@@ -415,7 +276,7 @@ async def test_a_stream_that_is_cut_off_leaves_nothing_behind() -> None:
         await publish(r, "s", clip(20, 1), close=False)
         await asyncio.to_thread(gate.entered.wait, 20)
         threads = threading.active_count()
-        stream = r.worker.worker.streams._streams["s"]
+        stream = r.stream("s")
         await r.worker.worker.streams.close(0)
         assert len(r.worker.worker.streams) == 0
         assert stream.session.state.value == "failed"
@@ -436,7 +297,7 @@ async def test_without_a_publisher_frames_are_computed_and_nothing_piles_up() ->
             key: value for key, value in r.urls("s").items() if key not in ("publish_url", "events_url", "data_url")
         }
         assert (await r.call("stream/start", urls))[0] == 200
-        stream = r.worker.worker.streams._streams["s"]
+        stream = r.stream("s")
         await publish(r, "s", clip(20, 2))
         await r.until_over()
         assert stream.session.frames_out == 40
@@ -451,7 +312,7 @@ async def test_an_output_that_is_deleted_ends_its_stream_only() -> None:
         async with watching(r, "b") as viewer:
             for name in ("a", "b"):
                 await r.call("stream/start", r.urls(name))
-            first = r.worker.worker.streams._streams["a"]
+            first = r.stream("a")
             await asyncio.gather(*(publish(r, name, clip(20, 1), close=False) for name in ("a", "b")))
             await r.worker.until(lambda: first.session.frames_out == 20)
             r.server.hub.delete("a-out")
@@ -479,12 +340,12 @@ async def test_a_stream_whose_output_is_stuck_does_not_starve_another() -> None:
         async with watching(r, "b") as viewer:
             urls = r.urls("a") | {"publish_url": f"http://127.0.0.1:{port}/out"}
             assert (await r.call("stream/start", urls))[0] == 200
-            r.worker.worker.streams._streams["a"]._sink._limit = 1  # type: ignore[union-attr]
+            r.stream("a")._sink._limit = 1  # type: ignore[union-attr]
             assert (await r.call("stream/start", r.urls("b")))[0] == 200
             await publish(r, "a", clip(20, 3), close=False)
             await publish(r, "b", clip(20, 3))
             await r.worker.until(lambda: len(r.worker.worker.streams) == 1)
-            stream = r.worker.worker.streams._streams["a"]
+            stream = r.stream("a")
             await r.worker.until(lambda: sum(stream.session.dropped.values()) > 0)
             await r.worker.worker.streams.close(0)
         assert len(frames(viewer.media)) == 60
@@ -500,8 +361,8 @@ async def test_a_failure_nobody_foresaw_ends_its_stream_with_an_event() -> None:
         r.create("s")
         async with watching(r, "s") as viewer:
             await r.call("stream/start", r.urls("s"))
-            stream = r.worker.worker.streams._streams["s"]
-            stream.pump._tell = lambda *a: (
+            stream = r.stream("s")
+            stream.pump._intake._tell = lambda *a: (
                 (_ for _ in ()).throw(RuntimeError("a bug")) if a[0] == "in" else stream._told(*a)
             )
             await publish(r, "s", clip(20, 1), close=False)
@@ -538,3 +399,23 @@ async def test_an_update_that_would_need_too_much_memory_is_refused() -> None:
             assert (await answered.json())["stream"]["stream_id"] == "s"
         async with r.worker.session.get(r.worker.url + "/stream/status", headers={"X-Stream-Id": "t"}) as answered:
             assert answered.status == 400
+
+
+@asynchronous
+async def test_streams_on_two_devices_stay_where_they_were_placed_and_add_up() -> None:
+    async with rig(GreenTint(), EngineConfig(slots=12, max_batch=4), device="cpu,cpu") as r:
+        names = [f"s{i}" for i in range(4)]
+        for name in names:
+            r.create(name)
+            assert (await r.call("stream/start", r.urls(name)))[0] == 200
+        fleet = r.worker.worker.engine
+        assert fleet is not None
+        assert [fleet.streams_on(engine) for engine in fleet.engines] == [2, 2]
+        async with contextlib.AsyncExitStack() as stack:
+            viewers = [await stack.enter_async_context(watching(r, name)) for name in names]
+            await asyncio.gather(*(publish(r, name, clip()) for name in names))
+            await r.until_over()
+        assert [len(frames(viewer.media)) for viewer in viewers] == [40] * 4
+        assert [engine.spent().frames for engine in fleet.engines] == [80, 80]
+        assert fleet.usage()[1]["(ended)"].frames == 160
+        assert [fleet.streams_on(engine) for engine in fleet.engines] == [0, 0]

@@ -197,11 +197,11 @@ async def test_a_segment_over_the_readers_own_bound() -> None:
 async def test_no_channel_and_no_server() -> None:
     async with running() as at:
         async with Subscriber(at.session, at.url + "a") as segments:
-            with pytest.raises(ChannelMissing, match=r"/a: 404"):
+            with pytest.raises(ChannelMissing, match=r"^http://127\.0\.0\.1:\d+/\*\*\*: 404"):
                 await anext(segments)
         gone = at.url
     async with open_session() as session, Subscriber(session, gone + "a", backoff=QUICK) as segments:
-        with pytest.raises(ChannelFailed, match=r"/a: no luck 3 times in a row, the last time: ClientConnectorError"):
+        with pytest.raises(ChannelFailed, match=r"/\*\*\*: no luck 3 times .*: ClientConnectorError"):
             await anext(segments)
 
 
@@ -467,7 +467,7 @@ async def test_a_channel_that_is_closed_takes_nothing_more() -> None:
         await settled(publisher)
         assert publisher.ended == End("closed"), "told without being asked"
         for _ in range(2):
-            with pytest.raises(ChannelClosed, match=r"/a is closed \(closed\)"):
+            with pytest.raises(ChannelClosed, match=r"/\*\*\* is closed \(closed\)"):
                 await publisher.send(b"y")
 
 
@@ -504,7 +504,7 @@ async def test_a_server_that_stays_away() -> None:
         await wire.send(reply(502, b"bad gateway"))
 
     async with scripted(script) as url, open_session() as session:
-        with pytest.raises(ChannelFailed, match="/c/next: no luck 3 times in a row, the last time: HTTP 502"):
+        with pytest.raises(ChannelFailed, match=r"/\*\*\*: no luck 3 times in a row, the last time: HTTP 502"):
             await Publisher(session, url, "video/MP2T", backoff=QUICK).__aenter__()
         async with Publisher(session, url, "video/MP2T", first=0, backoff=QUICK) as publisher:
             await settled(publisher)
@@ -630,5 +630,5 @@ async def test_certificates_are_verified_unless_asked_not_to(certificate: Path) 
         async with open_session() as session, Subscriber(session, url, backoff=QUICK) as segments:
             with pytest.raises(ChannelFailed, match="self-signed certificate"):
                 await anext(segments)
-        async with open_session(insecure=True) as session, Subscriber(session, url, backoff=QUICK) as segments:
+        async with open_session(tls=False) as session, Subscriber(session, url, backoff=QUICK) as segments:
             assert await (await anext(segments)).read() == b"x"

@@ -271,7 +271,7 @@ async def test_the_last_bytes_of_an_answer_are_still_the_slots() -> None:
         slow.connect(("127.0.0.1", r.port))
         head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n".encode()
         await asyncio.to_thread(slow.sendall, head + data)
-        await r.until(lambda: r.worker.engine is not None and r.worker.engine.meter.device.frames == 1)
+        await r.until(lambda: r.worker.engine is not None and r.worker.engine.usage()[2].frames == 1)
         for seed in range(1, 6):
             other = noise(size, seed)
             assert (await r.post(other))[2] == tinted(other)
@@ -425,8 +425,8 @@ async def test_jobs_of_several_clients_share_batches() -> None:
         data = [noise(300, seed) for seed in range(6)]
         others = [asyncio.create_task(r.post(each)) for each in data]
         assert r.worker.engine is not None
-        batcher = r.worker.engine.batcher
-        await r.until(lambda: batcher.waiting == 6)
+        fleet = r.worker.engine
+        await r.until(lambda: fleet.waiting == 6)
         Gate.gate.set()
         assert (await first)[0] == 200
         for task, each in zip(others, data, strict=True):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from gpu_byoc.worker.serve import SWITCH_SECONDS
 from tests.support.processes import example, free_port, get, post, running
 
 FRAME = bytes(640 * 480 * 3)
@@ -257,3 +259,39 @@ def test_a_file_that_needs_more_says_what(tmp_path: Path) -> None:
     with running("serve", "--processor", str(file), "--port", "0") as worker:
         worker.wait_for("needs 'no_such_library'")
         assert worker.popen.wait(30) == 2
+
+
+INTERVAL = """
+import asyncio, sys
+from gpu_byoc import ArrayProcessor, FrameProcessor, run_processor
+
+class Frames(FrameProcessor):
+    async def initialize(self):
+        print("interval", sys.getswitchinterval(), flush=True)
+
+    async def process(self, frame):
+        return frame
+
+class Arrays(ArrayProcessor):
+    def setup(self, xp, device):
+        print("interval", sys.getswitchinterval(), flush=True)
+
+    def process_batch(self, frames, params, xp):
+        return frames
+
+asyncio.run(run_processor({kind}(), port={port}, host="127.0.0.1", backend="{backend}"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend", "seconds"), [("Frames", "auto", SWITCH_SECONDS), ("Arrays", "numpy", sys.getswitchinterval())]
+)
+def test_only_python_loops_hand_over_the_interpreter_more_often(
+    tmp_path: Path, kind: str, backend: str, seconds: float
+) -> None:
+    file = tmp_path / "interval.py"
+    file.write_text(INTERVAL.format(kind=kind, backend=backend, port=free_port()))
+    with running(program=(str(file),)) as worker:
+        worker.wait_for(f"interval {seconds}")
+        worker.wait_for("listening")
+        assert worker.end() == 0

@@ -50,7 +50,7 @@ async def test_compute_rows_totals_status_and_metrics_agree() -> None:
         for name in ("byoc_sessions_active", "byoc_frame_latency_ms", "byoc_gpu_memory_bytes", "byoc_errors"):
             assert name in families, name
         compute = families["byoc_compute_seconds"].samples[0]
-        assert compute.labels == {"name": "jobs"}
+        assert compute.labels == {"kind": "jobs"}
         assert compute.value == total["compute_seconds"]
         count = [s.value for s in families["byoc_frame_latency_ms"].samples if s.name.endswith("_count")]
         assert count == [5]

@@ -1,0 +1,137 @@
+"""What one live stream says about itself: its events and data channels.
+
+Both have queues of their own that drop their oldest entry rather than wait: a slow reader of news never holds up the
+picture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import aiohttp
+
+from gpu_byoc.core.cursor import Backoff
+from gpu_byoc.errors import ChannelClosed, ChannelFailed, ChannelMissing, GpuByocError, SegmentFailed
+from gpu_byoc.transport.trickle_client import Publisher
+from gpu_byoc.worker.streamparams import Urls
+
+log = logging.getLogger("gpu_byoc.stream")
+
+KEPT: Final = 256
+PAUSE: Final = 1.0
+"""Seconds before a broken channel is tried again."""
+
+LAST_SECONDS: Final = 2.0
+"""How long the last words may take."""
+
+
+class News:
+    """``tell``, ``pulse`` and ``line`` queue and return at once; ``events`` and ``data`` send, until they are cancelled
+    or nobody is there to hear it. All on the event loop."""
+
+    def __init__(self, name: str, urls: Urls, problem: Callable[[str], None], backoff: Backoff) -> None:
+        self._name = name
+        self._urls = urls
+        self._problem = problem
+        self._backoff = backoff
+        self._events: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._pulse: dict[str, Any] | None = None  # the newest heartbeat; older ones are of no interest
+        self._has_events = asyncio.Event()
+        self._lines: deque[bytes] = deque(maxlen=KEPT)
+        self._has_lines = asyncio.Event()
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """An event."""
+        event = {"type": kind, "timestamp": int(time.time() * 1000), **fields}
+        self._events.append({"event": event, "queue_event_type": "ai_stream_events"})
+        self._has_events.set()
+
+    def pulse(self, **fields: Any) -> None:
+        """A heartbeat; it takes the place of one that is not sent yet."""
+        event = {"type": "heartbeat", "timestamp": int(time.time() * 1000), "stream_id": self._name, **fields}
+        self._pulse = {"event": event, "queue_event_type": "stream_heartbeat"}
+        self._has_events.set()
+
+    def line(self, kind: str, **fields: Any) -> None:
+        """A line of data."""
+        self._lines.append(json.dumps({"type": kind, "stream_id": self._name, **fields}).encode() + b"\n")
+        self._has_lines.set()
+
+    async def events(self, http: aiohttp.ClientSession) -> None:
+        await self._channel(http, "events", self._urls.events, "application/json", self._has_events, self._send_events)
+
+    async def data(self, http: aiohttp.ClientSession) -> None:
+        await self._channel(http, "data", self._urls.data, "application/jsonl", self._has_lines, self._send_lines)
+
+    async def last_words(self, http: aiohttp.ClientSession) -> None:
+        """What is queued, on publishers of their own, when ``events`` and ``data`` have ended."""
+        try:
+            async with asyncio.timeout(LAST_SECONDS):
+                if self._urls.events is not None:
+                    async with Publisher(http, self._urls.events, "application/json") as publisher:
+                        await self._send_events(publisher)
+                if self._urls.data is not None:
+                    async with Publisher(http, self._urls.data, "application/jsonl") as publisher:
+                        await self._send_lines(publisher)
+        except (TimeoutError, GpuByocError) as error:
+            log.debug("stream %s: nobody takes the last events: %s", self._name, error)
+
+    async def _channel(
+        self,
+        http: aiohttp.ClientSession,
+        what: str,
+        url: str | None,
+        mime: str,
+        there: asyncio.Event,
+        send: Callable[[Publisher], Awaitable[None]],
+    ) -> None:
+        while url is not None:
+            try:
+                async with Publisher(http, url, mime, backoff=self._backoff) as publisher:
+                    while True:
+                        await there.wait()
+                        await send(publisher)
+            except ChannelMissing:
+                log.warning("stream %s: there is no %s channel; nobody hears of it", self._name, what)
+                return
+            except ChannelClosed:
+                return
+            except (ChannelFailed, SegmentFailed) as error:
+                self._problem(what)
+                log.warning("stream %s: %s: %s", self._name, what, error)
+                await asyncio.sleep(PAUSE)
+
+    async def _send_events(self, publisher: Publisher) -> None:
+        """What happened first, then how it goes. What could not be sent is kept."""
+        self._has_events.clear()
+        while self._events:
+            event = self._events.popleft()
+            try:
+                await publisher.send(json.dumps(event).encode())
+            except GpuByocError:
+                self._events.appendleft(event)
+                self._has_events.set()
+                raise
+        pulse, self._pulse = self._pulse, None
+        if pulse is not None:
+            await publisher.send(json.dumps(pulse).encode())
+
+    async def _send_lines(self, publisher: Publisher) -> None:
+        """All in one segment. What could not be sent is kept, as far as there is room beside what came since."""
+        self._has_lines.clear()
+        lines = list(self._lines)
+        self._lines.clear()
+        if not lines:
+            return
+        try:
+            await publisher.send(b"".join(lines))
+        except GpuByocError:
+            self._lines = deque([*lines, *self._lines], KEPT)
+            self._has_lines.set()
+            raise

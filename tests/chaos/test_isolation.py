@@ -1,0 +1,159 @@
+"""One poisonous stream among three good ones: its frames fail alone, it is ended, and the others notice nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from av.video.frame import VideoFrame
+
+from gpu_byoc.config import EngineConfig, ServeConfig
+from gpu_byoc.errors import ConfigError
+from gpu_byoc.processor import ArrayProcessor
+from tests.support.clips import frames, packets
+from tests.support.streams import Rig, Viewer, beats, clip, publish, rig, watching
+from tests.support.workers import asynchronous
+
+GOOD = ("a", "b", "c")
+BRIGHT = 240
+
+
+class Picky(ArrayProcessor):
+    """Cannot stand bright frames, nor being told to fail. ``met``: sizes of batches with a bright one in them."""
+
+    @dataclass(frozen=True)
+    class Params:
+        fail: bool = field(default=False)
+
+    def __init__(self) -> None:
+        self.met: list[int] = []
+
+    def process_batch(self, batch: Any, params: Any, xp: Any) -> Any:
+        if params.fail:
+            raise ValueError("told to")
+        if (batch.mean(axis=(1, 2, 3)) > BRIGHT).any():
+            self.met.append(len(batch))
+            raise ValueError("too bright")
+        return batch
+
+
+def shining(count: int, first: int, bright: range) -> bytes:
+    """Pictures of 64x48 at 25 fps from frame ``first``; those whose number modulo 10 is in ``bright`` are white."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mpegts", options={"mpegts_copyts": "1"}) as out:
+        stream: Any = out.add_stream("libx264", 25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 90_000)
+        stream.options = {"preset": "superfast", "tune": "zerolatency", "g": str(count), "sc_threshold": "0"}
+        for number in range(first, first + count):
+            white = number % 10 in bright
+            frame = VideoFrame.from_ndarray(np.full((48, 64, 3), 255 if white else 90, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 90_000 + number * 3600, Fraction(1, 90_000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return file.getvalue()
+
+
+async def start(r: Rig, name: str, **params: Any) -> None:
+    status, answer = await r.call("stream/start", r.urls(name) | {"params": params})
+    assert status == 200, answer
+
+
+@pytest.mark.parametrize("poison", ["pixels", "params"])
+def test_three_streams_notice_nothing_of_the_fourth(poison: str) -> None:
+    processor = Picky()
+
+    @asynchronous
+    async def go() -> None:
+        async with rig(processor, EngineConfig(slots=32, max_batch=8), lossless=False, latency_budget=5.0) as r:
+            for name in (*GOOD, "bad"):
+                r.create(name)
+            async with contextlib.AsyncExitStack() as stack:
+                viewers = [await stack.enter_async_context(watching(r, name)) for name in GOOD]
+                bad = await stack.enter_async_context(watching(r, "bad"))
+                for name in GOOD:
+                    await start(r, name)
+                await start(r, "bad", **({"fail": True} if poison == "params" else {}))
+                streams = [r.stream(name) for name in GOOD]
+                source = clip(25, 3)
+                poisoned = [shining(25, part * 25, range(10)) for part in range(3)] if poison == "pixels" else source
+                await asyncio.gather(
+                    *(publish(r, name, source) for name in GOOD), publish(r, "bad", poisoned, close=False)
+                )
+                await r.until_over()
+            for viewer, stream in zip(viewers, streams, strict=True):
+                assert [p.pts for p in packets(viewer.media)] == [p.pts for p in packets(b"".join(source))]
+                last = beats(viewer)[-1]
+                assert (last["state"], last["dropped"], last["problems"]) == ("ended", {}, {})
+                worst = stream.session.latency(1.0)
+                assert worst is not None
+                assert worst < 5.0, "within the latency budget to the last frame"
+            quarantined(bad)
+            assert 'byoc_streams_quarantined_total{reason="processor_failed"} 1.0' in await metrics(r)
+            await works_again(r)
+
+    go()
+    if poison == "pixels":
+        assert 1 in processor.met, "the culprit was isolated from its batch"
+
+
+def quarantined(bad: Viewer) -> None:
+    last = beats(bad)[-1]
+    assert last["state"] == "failed"
+    assert last["dropped"]["processor_failed"] == 50, "no frame more than it takes to know"
+    assert bad.media == b""
+    (event,) = [each["event"] for each in bad.events if each["event"]["type"] == "stream_quarantined"]
+    assert event["reason"] == "processor_failed"
+    assert "50 of the last 50 frames failed" in event["message"]
+    errors = [each["event"]["error"] for each in bad.events if each["event"]["type"] == "error"]
+    assert errors == ["processor_failed", "stream_quarantined"]
+
+
+async def metrics(r: Rig) -> str:
+    async with r.worker.session.get(r.worker.url + "/metrics") as answer:
+        return await answer.text()
+
+
+async def works_again(r: Rig) -> None:
+    """A stream of the same name may be started anew."""
+    r.delete("bad")
+    r.create("bad")
+    async with watching(r, "bad") as viewer:
+        await start(r, "bad")
+        await publish(r, "bad", clip(10, 1))
+        await r.until_over()
+    assert len(frames(viewer.media)) == 10
+
+
+@asynchronous
+async def test_a_stream_within_its_budget_goes_on_without_the_frames_that_fail() -> None:
+    """Three frames of ten are too bright; with a budget of a fifth that ends the stream, with a half it does not."""
+    source = [shining(50, part * 50, range(3, 6)) for part in range(2)]
+    for budget, state in ((0.5, "ended"), (0.2, "failed")):
+        async with rig(Picky(), error_budget=budget) as r:
+            r.create("s")
+            async with watching(r, "s") as viewer:
+                await start(r, "s")
+                stream = r.stream("s")
+                await publish(r, "s", source, close=state == "ended")
+                await r.until_over()
+            assert stream.session.state.value == state
+            if state == "ended":
+                assert len(frames(viewer.media)) == 70
+                assert stream.session.dropped == {"processor_failed": 30}
+            else:
+                assert "stream_quarantined" in viewer.kinds()
+                assert stream.session.frames_in == stream.session.frames_out + stream.session.dropped.total()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_budget_that_is_no_share_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match="--error-budget"):
+        ServeConfig(error_budget=share)
