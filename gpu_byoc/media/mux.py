@@ -33,6 +33,10 @@ _EARLY: Final = CLOCK // 2
 """A keyframe that comes this much too early starts the next segment, rather than another one soon after."""
 _MAX_AUDIO_SPAN: Final = 2 * CLOCK
 """Audio that has waited for pictures while this much more of it came is written without them."""
+
+_MOST_WAITING: Final = 4 << 20
+"""Bytes of audio that wait for pictures: over 100 s of AAC at 320 kbit/s. Time stamps that stand still must not keep
+any amount of it."""
 _AUD: Final = b"\x00\x00\x00\x01\x09\xf0"
 
 
@@ -126,6 +130,7 @@ class Segmenter:
         self._passed = False  # a heavy frame was let off in this segment
         self._shown = 0
         self._waiting: deque[AudioPacket] = deque()
+        self._weight = 0  # bytes in it
 
     def wants_key(self, pts: int, heavy: bool = False) -> bool:
         """Whether the frame shown at ``pts`` should be a keyframe: a segment's time is over, or there is none yet.
@@ -165,26 +170,30 @@ class Segmenter:
         if packet.track != self._track:
             if self._start is not None:  # what waits belongs to the old tables
                 pieces.append(self._due(None))
-            self._waiting.clear()
+            self._clear()
             self._track = packet.track
             self._version = (self._version + 1) & 31
             if self._start is not None:
                 pieces.append(self._tables())
         self._waiting.append(packet)
-        limit = packet.pts - _MAX_AUDIO_SPAN
-        if self._start is None:
-            while self._waiting and self._waiting[0].pts < limit:
-                self._waiting.popleft()
-        else:
-            pieces.append(self._due(max(self._shown, limit)))
+        self._weight += len(packet.data)
+        limit, heavy = packet.pts - _MAX_AUDIO_SPAN, self._weight > _MOST_WAITING
+        if self._start is not None:
+            pieces.append(self._due(None if heavy else max(self._shown, limit)))
+        while self._waiting and (self._waiting[0].pts < limit or self._weight > _MOST_WAITING):
+            self._weight -= len(self._waiting.popleft().data)
         data = b"".join(pieces)
         return [Piece(data)] if data else []
 
     def finish(self) -> list[Piece]:
         """The audio that was still waiting. Nothing comes after it."""
         data = self._due(None) if self._start is not None else b""
-        self._waiting.clear()
+        self._clear()
         return [Piece(data)] if data else []
+
+    def _clear(self) -> None:
+        self._waiting.clear()
+        self._weight = 0
 
     def _tables(self) -> bytes:
         streams = [Stream(_VIDEO_PID, 0x1B, "h264")]
@@ -198,6 +207,7 @@ class Segmenter:
         parts = []
         while self._waiting and (until is None or self._waiting[0].pts <= until):
             packet = self._waiting.popleft()
+            self._weight -= len(packet.data)
             stream_id = 0xBD if packet.track.codec == "opus" else 0xC0
             parts.append(self._sound.pes(_pes(stream_id, packet.pts, packet.pts, packet.data, True, 0)))
         return b"".join(parts)

@@ -172,8 +172,12 @@ def tracks_in(value: Any) -> Tracks:
 
 
 def sound_in(value: Any, data: bytes) -> AudioPacket:
+    """Sound that goes out as it came: what is still to be decoded has no business here."""
     pts, track = _list(value, 2)
-    return AudioPacket(data, whole(pts, -(1 << 60), 1 << 60), _track_in(track))
+    found = _track_in(track)
+    if not found.copies:
+        raise Broken("it passes on sound that it was to decode")
+    return AudioPacket(data, whole(pts, -(1 << 60), 1 << 60), found)
 
 
 def info_in(value: Any, limits: Limits) -> VideoInfo:

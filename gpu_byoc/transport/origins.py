@@ -7,10 +7,13 @@ What is allowed is decided in ``core/origins.py``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from ipaddress import ip_address
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
@@ -23,9 +26,46 @@ Resolve: TypeAlias = Callable[[str, int], Awaitable[list[Address]]]
 """The addresses of a host's name. Raises OSError."""
 
 
+LOOKUPS: Final = 4
+_lookups = threading.BoundedSemaphore(LOOKUPS)
+
+
 async def system_addresses(host: str, port: int) -> list[Address]:
+    """On a thread of its own, a few at once: a resolver may take half a minute, and neither the threads that jobs need
+    nor the end of the process shall wait for it."""
+    if not _lookups.acquire(blocking=False):
+        raise OSError(errno.EAGAIN, "too many names are being looked up; try again")
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    done: asyncio.Future[list[Any]] = loop.create_future()
+
+    def settle(found: list[Any], error: OSError | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(found)
+        else:
+            done.set_exception(error)
+
+    def look() -> None:
+        found: list[Any] = []
+        failure: OSError | None = None
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:  # a label that is too long
+            failure = OSError(errno.EINVAL, str(error))
+        except OSError as error:
+            failure = error
+        finally:
+            _lookups.release()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, found, failure)
+
+    try:
+        threading.Thread(target=look, name="resolve", daemon=True).start()
+    except RuntimeError as error:
+        _lookups.release()
+        raise OSError(errno.EAGAIN, "no thread to look the name up with") from error
+    found = await done
     # An IPv6 address may carry the name of an interface; those that need one are refused anyhow.
     return list(dict.fromkeys(ip_address(str(each[4][0]).partition("%")[0]) for each in found))
 

@@ -49,6 +49,8 @@ def open_session(tls: ssl.SSLContext | bool = True, resolver: AbstractResolver |
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, ssl=tls, resolver=resolver, use_dns_cache=resolver is None),
         cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,  # media is not compressed again; what unpacks to gigabytes is not unpacked
+        headers={"Accept-Encoding": "identity"},
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
     )
 

@@ -21,7 +21,8 @@ from gpu_byoc.media.audio import AudioPacket
 from gpu_byoc.media.decode import VideoInfo
 
 MAX_AUDIO: Final = 2048
-"""Audio packets that wait to go out: forty seconds. Over it the oldest goes."""
+MAX_AUDIO_BYTES: Final = 8 << 20
+"""Audio packets that wait to go out, forty seconds, and their bytes. Over either the oldest goes."""
 
 AUDIO_AT_ONCE: Final = 8
 """Audio packets that go out without a picture, a sixth of a second of them. Fewer wait for the next picture and share
@@ -56,6 +57,7 @@ class House:
         self._frames: deque[Ticket] = deque()  # submitted and not released, oldest first
         self._line: deque[Item] = deque()  # what came in and was not taken out yet
         self._sounds = 0  # audio packets in the line
+        self._sound_bytes = 0
         self._input_over = False
         self._stopped = False
         self._closed = False  # nobody takes anything out any more
@@ -128,17 +130,23 @@ class House:
             self._lock.notify_all()
 
     def sound(self, packet: AudioPacket) -> bool:
-        """Into the line; False if the oldest had to go for it."""
+        """Into the line; False if older ones had to go for it."""
         with self._lock:
             self._line.append(packet)
-            self._sounds += 1
+            self._heard(packet, 1)
             if self._sounds >= AUDIO_AT_ONCE:
                 self._lock.notify_all()
-            if self._sounds <= MAX_AUDIO:
-                return True
-            self._line.remove(next(item for item in self._line if isinstance(item, AudioPacket)))
-            self._sounds -= 1
-            return False
+            fits = True
+            while self._sounds > MAX_AUDIO or self._sound_bytes > MAX_AUDIO_BYTES:
+                oldest = next(item for item in self._line if isinstance(item, AudioPacket))
+                self._line.remove(oldest)
+                self._heard(oldest, -1)
+                fits = False
+            return fits
+
+    def _heard(self, packet: AudioPacket, by: int) -> None:
+        self._sounds += by
+        self._sound_bytes += by * len(packet.data)
 
     # --- the way out
 
@@ -153,7 +161,8 @@ class House:
             self.check()
             for item in ready:
                 self._line.popleft()
-                self._sounds -= isinstance(item, AudioPacket)
+                if isinstance(item, AudioPacket):
+                    self._heard(item, -1)
             return ready
 
     def _ready(self) -> list[Item]:
@@ -182,7 +191,7 @@ class House:
             rest = list(self._frames)
             self._frames.clear()
             self._line.clear()
-            self._sounds = 0
+            self._sounds = self._sound_bytes = 0
         for ticket in rest:
             ticket.lease.release()
         return len(rest)

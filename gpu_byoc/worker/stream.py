@@ -56,6 +56,8 @@ SINK_BYTES = 8 << 20
 """Output that may wait for the publisher; beyond it encoding waits, then slots run out and frames are dropped."""
 
 MESSAGE_BYTES = 32 * 1024
+SEGMENT_COST = 16 << 10
+"""Bytes that a segment counts for beside its own: an empty one is a request all the same."""
 HEARTBEAT = 1.0
 JOIN_SECONDS = 5.0
 FLUSH_SECONDS = 8.0
@@ -275,7 +277,8 @@ class LiveStream:
         if not self._said_first_in and segment.received:
             self._said_first_in = True
             self._news.tell("receive_first_ingest_segment")
-        await self._source.put(Arrival(None, time.monotonic()), 0)
+        await self._source.put(Arrival(None, time.monotonic()), SEGMENT_COST)
+        await self._slow_down(SEGMENT_COST)
 
     async def _slow_down(self, size: int) -> None:
         """An input that is faster than it may be is read more slowly: its sender waits, or we miss segments."""

@@ -109,6 +109,8 @@ def _whole(given: Mapping[str, Any], name: str, most: int) -> int | None:
     try:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise TypeError
+        if isinstance(value, str) and len(value) > 20:  # blanks around a number are kept with it
+            raise ValueError
         number = int(value)
         if isinstance(value, float) and number != value:
             raise ValueError

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("gpu_byoc.stream")
 
 MAX_MESSAGE = 1 << 20
+MAX_UPDATE = 32 << 10
+"""Bytes of new parameters, as in a message of the control channel: a stream keeps its last updates as events."""
 STOP_SECONDS = 6.0
 """How long a stop waits for the stream to flush before it says so anyway; the stream goes on flushing."""
 
@@ -102,7 +104,7 @@ class Streams:
         return self._success("Stream stopped successfully")
 
     async def update(self, request: web.Request) -> web.Response:
-        body = await self._json(request)
+        body = await self._json(request, MAX_UPDATE)
         name = body.pop("gateway_request_id", None)
         stream = self._find(request, {"gateway_request_id": name}, "update")
         stream.update(body)
@@ -175,10 +177,10 @@ class Streams:
     def _success(self, message: str, **more: str) -> web.Response:
         return web.json_response({"status": "success", "message": message, **more, "current_state": self._worker.state})
 
-    async def _json(self, request: web.Request) -> dict[str, Any]:
+    async def _json(self, request: web.Request, most: int = MAX_MESSAGE) -> dict[str, Any]:
         if not request.content_type.startswith("application/json"):
             raise BadRequest(f"Content-Type {request.content_type!r}; expected application/json")
-        text = await read_all(request, MAX_MESSAGE, self._worker.config.body_timeout, self._worker.budget)
+        text = await read_all(request, most, self._worker.config.body_timeout, self._worker.budget)
         self._worker.budget.give(len(text))
         try:
             body = json.loads(text)

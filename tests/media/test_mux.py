@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -235,3 +236,14 @@ def test_ffmpeg_decodes_each_segment_on_its_own() -> None:
         frames = clips.frames(each)
         assert [frame.pts for frame in frames] == [(number * 10 + n) * clips.TICKS for n in range(10)]
         assert all(clips.psnr(f, clips.picture(number * 10 + n)) > 30 for n, f in enumerate(frames))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_audio_whose_time_stands_still_is_not_kept_without_bound(begun: bool) -> None:
+    segmenter = Segmenter(AAC)
+    if begun:
+        segmenter.video(coded(0, key=True))
+    for _ in range(100):
+        segmenter.audio(sound(CLOCK, size=100_000))
+        assert sum(len(packet.data) for packet in segmenter._waiting) <= 4 << 20
+    assert segmenter._weight == sum(len(packet.data) for packet in segmenter._waiting)

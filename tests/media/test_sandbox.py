@@ -486,6 +486,7 @@ def test_whatever_it_says_nothing_but_events_comes_of_it(messages: list[dict[str
         [{"problem": ["x" * 9, "", None]}],
         [{"problem": ["corrupt", "", "x"]}],
         [{"sound": [0, ["flac", 48_000, 2]]}],
+        [{"sound": [0, ["mp2", 48_000, 2]]}],  # it is to be decoded in there, not here
         [{"pictures": 5}],
         [{"broken": "no more memory"}],
     ],

@@ -105,6 +105,8 @@ async def test_parameters_change_between_frames_and_bad_ones_are_refused() -> No
             assert status == 422
             assert answer["field"] == "boost"
             assert (await r.call("api/stream/update", {"boost": 100}, X_Stream_Id="s"))[0] == 200
+            status, answer = await r.call("stream/params", {"width": "640".rjust(40_000)}, X_Stream_Id="s")
+            assert (status, answer["error"]) == (413, "too_large"), "updates are kept for a while, so they are small"
             async with open_session() as session, Publisher(session, r.base + "s", "video/MP2T") as publisher:
                 await publisher.send(source[1])
                 await r.worker.until(lambda: stream.session.frames_out == 20)

@@ -23,6 +23,7 @@ from gpu_byoc.media.mpegts import CLOCK
 from gpu_byoc.media.mux import Segmenter
 from gpu_byoc.processors.passthrough import Passthrough
 from gpu_byoc.transport.trickle_client import Publisher, open_session
+from gpu_byoc.worker.stream import SEGMENT_COST
 from tests.support.clips import frames, luma, packets, picture
 from tests.support.streams import Gate, Rig, Viewer, beats, clip, publish, rig, taken, watching
 from tests.support.workers import asynchronous
@@ -223,7 +224,7 @@ async def test_a_lossless_stream_that_cannot_keep_up_stops_reading() -> None:
                 await publisher.send(data)
                 largest = max(largest, stream._source.weight)
             await asyncio.to_thread(gate.entered.wait, 20)
-            assert 0 < largest < 4000 + max(map(len, source)), "bounded by its limit and one chunk"
+            assert 0 < largest < 4000 + max(SEGMENT_COST, *map(len, source)), "bounded by its limit and one chunk"
             assert stream.session.frames_out == 0
             gate.gate.set()
             await r.worker.until(lambda: stream.session.frames_out > 3)

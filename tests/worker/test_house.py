@@ -18,7 +18,7 @@ from gpu_byoc.media.decode import VideoInfo
 from gpu_byoc.media.planes import Colour
 from gpu_byoc.plugins import load_backend
 from gpu_byoc.processors.passthrough import Passthrough
-from gpu_byoc.worker.house import AUDIO_AT_ONCE, MAX_AUDIO, House, Ticket
+from gpu_byoc.worker.house import AUDIO_AT_ONCE, MAX_AUDIO, MAX_AUDIO_BYTES, House, Ticket
 
 INFO = VideoInfo("h264", 4, 2, "yuv420p", Colour(), None)
 TRACK = AudioTrack("aac", 48_000, 2)
@@ -90,6 +90,14 @@ def test_sound_that_nobody_takes_is_bounded_and_frames_are_not_thrown_out_for_it
     house.landed(frame, Outcome(None))
     assert stamps(house) == [-1, *range(1, MAX_AUDIO + 1)]
     house.leave(frame)
+
+
+def test_sound_has_a_bound_in_bytes_too(engine: Engine) -> None:
+    house = House(lambda: 3)
+    house.enter(ticket(engine, -1))
+    big = bytes(MAX_AUDIO_BYTES // 4)
+    assert [house.sound(AudioPacket(big, number, TRACK)) for number in range(5)] == [True] * 4 + [False]
+    house.close()
 
 
 def test_a_frame_in_a_full_house_waits_for_its_place_or_for_its_time(engine: Engine) -> None:
