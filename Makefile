@@ -9,6 +9,7 @@ PYTHON ?= python3
 ARGS ?=
 FUZZ_SECONDS ?= 60
 CHAOS_ROUNDS ?= 3
+CHAOS := tests/chaos tests/local/test_ledger_faults.py tests/local/test_attached.py tests/engine/test_watch.py tests/system/test_stream_process.py
 TORCH_PIN := torch==2.13.0
 TOOL_PINS := cyclonedx-bom==7.5.0 uv==0.13.9
 IMAGES ?= cpu
@@ -45,7 +46,7 @@ define quietly
 	fi
 endef
 
-.PHONY: help demo live test lint types format bench bench-quick bench-peers plot bench-live soak soak-live fuzz chaos images images-test images-test-gpu sbom lock clean
+.PHONY: help demo live test lint types format bench bench-quick bench-peers plot bench-live gpu-first soak soak-live fuzz chaos images images-test images-test-gpu sbom lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -83,7 +84,10 @@ plot: $(DEV)  ## README's table and picture again: make plot FILE=benchmarks/res
 	@.venv/bin/python -m benchmarks report "$(FILE)" --readme README.md $(ARGS)
 
 bench-live: $(DEV)  ## live streams: CPU a frame against the floor, latency, how many at once
-	@.venv/bin/python -m benchmarks.bench_live $(ARGS)
+	@.venv/bin/gpu-byoc bench --only live $(ARGS)
+
+gpu-first: $(if $(GPU_PYTHON),,$(DEV))  ## on a GPU that is there for ten minutes: right or not, how fast; logs in gpu-out/ (benchmarks/README.md)
+	@PYTHON="$(or $(GPU_PYTHON),$(CURDIR)/.venv/bin/python)" sh benchmarks/gpu_first.sh $(or $(ARGS),gpu-out)
 
 soak: $(DEV)  ## ten minutes of jobs, then compare the memory
 	@.venv/bin/python -m benchmarks.soak $(ARGS)
@@ -95,7 +99,7 @@ fuzz: $(DEV)  ## hostile input, FUZZ_SECONDS=60 for each target: no crash, no ha
 	@.venv/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
 
 chaos: $(DEV)  ## things that die, hang, lie and go missing, CHAOS_ROUNDS=3 times over (docs/chaos.md)
-	@CHAOS_ROUNDS=$(CHAOS_ROUNDS) .venv/bin/python -m pytest tests/chaos $(ARGS)
+	@CHAOS_ROUNDS=$(CHAOS_ROUNDS) .venv/bin/python -m pytest $(CHAOS) $(ARGS)
 
 images: $(VENV)  ## container images, with docker or podman: make images IMAGES="cpu cupy torch full" BASE=...@sha256:...
 	@.venv/bin/python docker/images.py build $(IMAGES) --base "$(BASE)" $(if $(filter 1,$(STANDIN)),--standin)
@@ -137,7 +141,7 @@ lock: $(TOOLS)  ## the images' locks again, from pyproject.toml, constraints.txt
 	done
 
 clean:  ## remove what make made, .venv included
-	@rm -rf .venv .venv-peers build dist demo-out live-out bench-out fuzz-out .pytest_cache .mypy_cache .ruff_cache .hypothesis gpu_byoc.egg-info
+	@rm -rf .venv .venv-peers build dist demo-out live-out bench-out gpu-out fuzz-out .pytest_cache .mypy_cache .ruff_cache .hypothesis gpu_byoc.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV):

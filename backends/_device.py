@@ -141,6 +141,8 @@ class DeviceBackend(Stage):
 
     def close(self) -> None:
         try:
+            if self._canary is not None:  # it was open
+                self._rest()
             if self._processor is not None:
                 with self._on_compute():
                     self._processor.teardown()
@@ -270,7 +272,19 @@ class DeviceBackend(Stage):
         for library in self._libraries():
             library.free_cached()
 
+    def _rest(self) -> None:
+        """Wait for copies that nobody waits for any more: memory that they still use does not go back. A device that
+        cannot be waited for is lost, and writes nowhere."""
+        try:
+            self._enter()
+            self._up.synchronize()
+            self._down.synchronize()  # which waits for the processor
+        except Exception as error:  # nothing but the device itself fails here
+            if not self._lost:
+                self._lose(error)
+
     def _arena_closed(self, arena: SlabArena) -> None:
+        self._rest()
         self._lanes.drop(arena.nbytes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,11 +75,13 @@ def _measure(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(arguments)
     groups, left_out = _chosen(given)
     report.check(given.output)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is kept
     size = Size.TINY if given.tiny else Size.QUICK if given.quick else Size.FULL
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     with runner.bars(console, groups) as progress:
         watch: runner.Watch = runner.Bars(progress, groups) if progress else runner.Quiet()
-        result = runner.measure(groups, size, watch, left_out)
+        result = runner.measure(groups, size, watch, left_out, lambda told: report.save(told, given.output))
+    report.save(result, given.output)
     report.show(console, result)
     for path in report.write(result, given.output):
         console.print(f"written: {path}", soft_wrap=True)

@@ -134,9 +134,10 @@ def _case(sheet: Sheet, side: Side, processor: ArrayProcessor, case: Case) -> fl
             sheet.fail(name, "what came out differs from numpy's")
             return 0.0
         if case.closed:
-            measured = settle(driver.closed(case.streams, sheet.size.pick(0.02, 0.1, 0.4)), sheet.size)
+            measured = settle(driver.closed(case.streams, sheet.size.pick(0.02, 0.06, 0.4)), sheet.size)
         else:
-            window = driver.open(case.rates, sheet.size.pick(0.1, 0.25, 2.0))
+            seconds = sheet.size.pick(0.1, 0.25, 2.0 if case.streams == 1 else 1.0)  # of one stream few frames come
+            window = driver.open(case.rates, seconds)
             measured = settle(window, sheet.size, band=BAND, most=sheet.size.pick(3, 3, 6))
     sheet.row(name, measured, **_values(side, processor, case, measured))
     return measured.rate

@@ -19,7 +19,7 @@ from typing import Any, Final
 from gpu_byoc.local import streamclip
 from gpu_byoc.local.streamclient import Plan
 
-from .bench_live import make_clip
+from .bench_live import ROUNDS, make_clip
 from .bench_media import SIZES, material, to_rgb_floor, to_yuv_floor
 from .binding import Evidence, binding
 from .harness import Sheet, Size
@@ -116,7 +116,7 @@ def _seconds(size: Size) -> float:
 def _capacity(sheet: Sheet, backend: str, size: tuple[int, int], budget: float, trials: int, directory: Path) -> None:
     width, height = size
     label = f"{backend}, {width}x{height}"
-    make_clip(directory / "clip.mp4", width, height)
+    make_clip(directory / "clip.mp4", width, height, sheet.size.pick(1, 1, ROUNDS))
     plan = Plan(streamclip.load(directory / "clip.mp4"), True, _seconds(sheet.size))
     search, seen = Search(MOST), dict[int, Trial]()
     with house(backend, MOST) as home:

@@ -1,7 +1,8 @@
 """How long ``GET /health`` takes while everything is busy: a new connection each time, as container runtimes and
 orchestrators ask.
 
-The load is a process of its own and keeps every core and the worker busy with jobs; the one who asks is this process.
+The load is a process of its own and keeps every core and the worker busy with jobs, in one row beside live streams in
+real time, which another process plays; the one who asks is this process.
 Asked in turn: the worker; the floor, a process that waits in ``accept`` and does nothing else, and so shows what the
 machine's scheduler adds; and, under the same load of its own, a bare aiohttp server whose event loop answers
 ``/health`` between frames, as most servers do.
@@ -11,17 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from .bench_jobs import PAGE
 from .harness import Sheet, Stable, Window, together
-from .load import cpu_of, free_port, process, wait_until_ready
+from .load import Child, cpu_of, free_port, process, wait_until_ready
 
 BUDGET_MS: Final = 20.0
 PAUSE: Final = 0.01
@@ -37,6 +41,15 @@ with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as server:
             connection.send(b'HTTP/1.1 200 OK\\r\\nContent-Length: 18\\r\\n\\r\\n{"status": "IDLE"}')
 """
 
+STREAM_SECONDS: Final = 300
+"""Of video for the streams: longer than the measurement, which ends them."""
+
+START_SECONDS: Final = 60.0
+
+TRICKLE: Final = ("-m", "gpu_byoc", "trickle", "--base-path", "/ai/trickle/", "--autocreate")
+
+STREAM: Final = ("-m", "gpu_byoc", "stream")
+
 REQUEST: Final = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
 
 
@@ -45,6 +58,11 @@ class Case:
     name: str
     arguments: tuple[str, ...]
     connections: int
+    streams: int = 0
+
+    @property
+    def load(self) -> str:
+        return f"{self.connections} connections" + (f" and {self.streams} live streams" if self.streams else "")
 
 
 def cases(sheet: Sheet) -> list[Case]:
@@ -52,6 +70,7 @@ def cases(sheet: Sheet) -> list[Case]:
     count = sheet.size.pick(4, 64, 64)
     found = [
         Case("worker, numpy green tint", (*serve, "--backend", "numpy"), count),
+        Case("worker with live streams", (*serve, "--backend", "numpy"), count, sheet.size.pick(1, 8, 8)),
         Case("bare aiohttp, health on its loop", ("-m", f"{__package__}.echo_server", "PORT"), count),
     ]
     if PAGE.exists():
@@ -80,7 +99,7 @@ def _measure(sheet: Sheet, case: Case) -> None:
     with process(*arguments) as server, process("-c", FLOOR, str(floor)) as bare:
         wait_until_ready(f"http://127.0.0.1:{port}/health", server, 60)
         wait_until_ready(f"http://127.0.0.1:{floor}/", bare)
-        with _load(port, case.connections):
+        with _streams(port, case.streams) if case.streams else contextlib.nullcontext(), _load(port, case.connections):
             times = sheet.size.pick(5, 20, 150)
             measured = together(
                 {
@@ -90,7 +109,7 @@ def _measure(sheet: Sheet, case: Case) -> None:
                 sheet.size,
                 most=sheet.size.pick(3, 3, 8),
             )
-    sheet.row(f"{case.name}, {case.connections} connections", **_values(case, measured))
+    sheet.row(f"{case.name}, {case.load}", **_values(case, measured))
 
 
 def _values(case: Case, measured: dict[str, Stable]) -> dict[str, Any]:
@@ -99,6 +118,7 @@ def _values(case: Case, measured: dict[str, Stable]) -> dict[str, Any]:
     return {
         "target": case.name,
         "connections": case.connections,
+        "streams": case.streams,
         "p50_us": ours.p50 * 1e6,
         "p99_us": ours.p99 * 1e6,
         "floor_p50_us": floor.p50 * 1e6,
@@ -128,6 +148,50 @@ def _ask(port: int, times: int, cpu: Callable[[], float]) -> Window:
         if not answer.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(f"/health under load: {answer!r}")
     return Window(tuple(taken), time.perf_counter() - start, cpu() - used)
+
+
+@contextlib.contextmanager
+def _streams(port: int, count: int) -> Iterator[None]:
+    """So many play for the time of the block, from when a frame of each has come out. Jobs then take from them what
+    they take: frames may be dropped, and none of the streams may end.
+
+    Raises:
+        RuntimeError: one of them ended.
+    """
+    trickle = free_port()
+    with tempfile.TemporaryDirectory() as made, process(*TRICKLE, "--port", str(trickle)) as channels:
+        _until(channels, lambda: _listens(trickle))
+        url = f"http://127.0.0.1:{trickle}/ai/trickle/"
+        play = ("--streams", str(count), "--seconds", str(STREAM_SECONDS), "--output", f"{made}/out.mp4")
+        with process(*STREAM, *play, "--trickle", url, "--worker", f"http://127.0.0.1:{port}") as player:
+            _until(player, lambda: sum(each["frames_out"] > 0 for each in _status(port)) == count)
+            yield
+            if (left := len(_status(port))) != count:
+                raise RuntimeError(f"{count - left} of {count} live streams ended under the load")
+
+
+def _until(child: Child, done: Callable[[], bool]) -> None:
+    began = time.perf_counter()
+    while not done():
+        if child.poll() is not None:
+            raise RuntimeError(f"{child.args!r} ended: {child.last_words()}")
+        if time.perf_counter() - began > START_SECONDS:
+            raise TimeoutError(f"{child.args!r} was not as expected within {START_SECONDS:g} s")
+        time.sleep(0.05)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def _status(port: int) -> list[dict[str, Any]]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/stream/status", timeout=60) as answer:
+        streams: list[dict[str, Any]] = json.load(answer)["streams"]
+    return streams
 
 
 @contextlib.contextmanager

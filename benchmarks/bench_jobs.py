@@ -162,7 +162,7 @@ def _said(count: int) -> str:
 
 def _jobs(size: Size, count: int, slow: bool) -> int:
     """Jobs a connection in one window."""
-    return size.pick(1, 2, 3) if slow else max(2, size.pick(4, 60, 240) // count)
+    return size.pick(1, 2, 3) if slow else max(2, size.pick(4, 40, 240) // count)
 
 
 @contextlib.contextmanager

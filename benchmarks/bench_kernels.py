@@ -45,7 +45,7 @@ CHECKED = 4
 """Frames of a batch whose output is compared with numpy's: the first and the last ones."""
 
 SLOW = 0.05
-SLOW_WINDOWS = 5
+SLOW_WINDOWS = (3, 3, 5)
 """A batch that takes so many seconds gets so many windows at the most, or a noisy machine would measure for minutes."""
 
 
@@ -84,7 +84,8 @@ def _page(sheet: Sheet) -> None:
     expected = expect(GreenTint(), frame.reshape(1, *spec.shape)).tobytes()
     if page_loop(data) != expected:
         raise AssertionError("the page's loop does not equal green_tint")
-    measured = settle(calls(lambda: page_loop(data), sheet.size.window), sheet.size, most=SLOW_WINDOWS)
+    most = sheet.size.pick(*SLOW_WINDOWS)
+    measured = settle(calls(lambda: page_loop(data), sheet.size.window), sheet.size, most=most)
     sheet.row(
         f"the page's Python loop, {named(spec)}",
         measured,
@@ -156,7 +157,7 @@ def _case(sheet: Sheet, name: str, case: Case, side: Side, ceiling: Ceiling) -> 
         if not isinstance(case.processor, Passthrough):  # which takes no time, on a device
             works["device"] = case.alone
             works["ceiling"] = ceiling(case.nbytes, seconds)
-        measured = together(works, sheet.size, most=SLOW_WINDOWS if case.slow else None)
+        measured = together(works, sheet.size, most=sheet.size.pick(*SLOW_WINDOWS) if case.slow else None)
         sheet.row(name, measured["whole"], frames=case.batch, **_values(side, case, measured))
     finally:
         case.close()

@@ -7,16 +7,14 @@ are handed to the connection and ends with the last byte of the output's picture
 
 CPU is the worker process's alone, from the first picture out to the last. The floor is decode + yuv420p to rgb24 + back
 + encode over the same pictures at the same settings in one thread, measured right before and right after.
-Rows of real time also have the same work picture by picture at the stream's rate: that much of what they cost over the
-floor is cold caches, and that much of their p99 is keyframes. A row also says how many cores something else kept busy.
+Rows of real time also have the same work picture by picture at the stream's rate, in the same thread and between the
+same two measurements: what waiting between pictures costs by itself, since caches grow cold, and how much longer its
+keyframes take. A row also says how many cores something else kept busy.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,11 +24,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import av
-import psutil
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
-from rich.console import Console
-from rich.table import Table
 
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.local import streamclip, streamrig
@@ -42,9 +37,9 @@ from gpu_byoc.media.encode import CodedPicture
 from gpu_byoc.media.mux import Segmenter
 
 from .bench_media import CLIP, RATE, SIZES, WORKS, Material, chain
-from .harness import Sheet, Size
+from .harness import Sheet
 from .load import rss
-from .machine import machine
+from .machine import Others
 
 ROUNDS: Final = 3  # of the clip in the file: 396 frames, so that a run of ten seconds is not one scene twice
 GOP: Final = 2 * RATE
@@ -107,13 +102,13 @@ class Floor:
         self._parts = [work for name, work in WORKS.items() if name.startswith("floor")]
 
     def paced(self) -> dict[str, float]:
-        """The same work picture by picture, at the stream's rate and in one thread: what waiting between pictures costs
-        by itself (caches grow cold meanwhile), and how much longer keyframes take, before there is a worker at all."""
+        """The same work picture by picture, at the stream's rate: CPU milliseconds a frame, and the clock's. It is what
+        one stream in real time costs, and how far its keyframes lie above its median, without any worker."""
         began = time.process_time()
         took = chain(self._material, RATE)
         spent = time.process_time() - began
         return {
-            "paced_floor_ms": spent / len(took) * 1e3,
+            "floor_paced_ms": spent / len(took) * 1e3,
             "paced_p50_ms": quantile(took, 0.5) * 1e3,
             "paced_p99_ms": quantile(took, 0.99) * 1e3,
         }
@@ -144,26 +139,9 @@ def _play(plan: Plan, streams: int) -> tuple[streamrig.Play, int]:
         return play, rss(rig.worker_child.process.pid)
 
 
-class _Others:
-    """How many cores something else kept busy meanwhile, the host of a virtual machine included: above some tenths,
-    latencies and what fits are not this program's doing. Ask when the children have ended."""
-
-    def __init__(self) -> None:
-        self._began = self._now()
-
-    def cores(self) -> float:
-        began, now = self._began, self._now()
-        return (now[1] - now[2] - began[1] + began[2]) / (now[0] - began[0])
-
-    def _now(self) -> tuple[float, float, float]:
-        """Seconds: time, busy on all cores, used by us and our children."""
-        cpu, ours = psutil.cpu_times(), os.times()
-        return time.monotonic(), sum(cpu) - cpu.idle - cpu.iowait - cpu.guest - cpu.guest_nice, sum(ours[:4])
-
-
 def _row(what: str, size: str, floor: Floor, plan: Plan, streams: int) -> dict[str, Any]:
     before = floor.measure()
-    others = _Others()
+    others = Others()
     play, resident = _play(plan, streams)
     busy = others.cores()
     base = (before + floor.measure()) / 2
@@ -195,6 +173,12 @@ def _row(what: str, size: str, floor: Floor, plan: Plan, streams: int) -> dict[s
     }
 
 
+def _between(before: dict[str, float], after: dict[str, float], cpu_ms: float) -> dict[str, float]:
+    """The paced floor of a row that was measured between these two."""
+    paced = {name: (before[name] + after[name]) / 2 for name in before}
+    return paced | {"times_floor_paced": cpu_ms / paced["floor_paced_ms"]}
+
+
 def run(sheet: Sheet) -> None:
     """A row for each run; after them one for each thing that was not run, with the reason."""
     streams, sizes = sheet.size.pick((1,), (1,), STREAMS), sheet.size.pick(SIZES[:1], SIZES[:1], SIZES)
@@ -212,64 +196,10 @@ def run(sheet: Sheet) -> None:
             for count in streams if (width, height) == SIZES[0] else (1,):
                 name = f"{size}, real time, {count} stream" + "s" * (count > 1)
                 sheet.doing(name)
-                sheet.row(name, **(_row("real time", size, floor, Plan(clip, True, seconds), count) | paced))
+                row = _row("real time", size, floor, Plan(clip, True, seconds), count)
+                before, paced = paced, floor.paced()
+                sheet.row(name, **(row | _between(before, paced, row["cpu_ms"])))
             sheet.doing(f"{size}, flood")
             sheet.row(f"{size}, flood", **_row("flood", size, floor, Plan(clip, False, 2 * seconds), 1))
     for what, reason in NOT_RUN:
         sheet.skip(what, reason)
-
-
-HEADS: Final = {
-    "size": "size",
-    "what": "what",
-    "streams": "streams",
-    "frames_in": "in",
-    "frames_out": "out",
-    "dropped": "dropped",
-    "lost": "lost",
-    "frames_per_second": "frames/s",
-    "floor_ms": "floor ms",
-    "cpu_ms": "CPU ms",
-    "times_floor": "x floor",
-    "p50_ms": "p50 ms",
-    "p95_ms": "p95 ms",
-    "p99_ms": "p99 ms",
-    "rss_mb": "RSS MB",
-    "others_cores": "others' cores",
-}
-
-
-def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="live streams: CPU of the worker a frame, latency by PTS")
-    for head in HEADS.values():
-        table.add_column(head, justify="left" if head in ("size", "what") else "right", no_wrap=True)
-    for row in rows:
-        if "skipped" not in row:
-            table.add_row(*(f"{row[name]:.1f}" if isinstance(row[name], float) else str(row[name]) for name in HEADS))
-    console.print(table)
-    for row in rows:
-        if "skipped" in row:
-            console.print(f"not run: {row['name']}: {row['skipped']}")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_live", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="shorter runs, for a look")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    given = parser.parse_args()
-    began = time.time()
-    console = Console(width=170, highlight=False)
-    sheet = Sheet(Size.QUICK if given.quick else Size.FULL)
-    run(sheet)
-    rows = sheet.rows
-    show(console, rows)
-    if given.output:
-        report = {"machine": machine(), "unix_time": int(began), "quick": given.quick, "live": rows}
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(json.dumps(report, indent=1) + "\n")
-        console.print(f"written to {given.output}")
-    return int(any(row.get("lost", 0) for row in rows))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -31,7 +31,7 @@ from gpu_byoc.media.encode import CodedPicture, Encoder
 from gpu_byoc.media.mux import Segmenter
 from gpu_byoc.media.planes import FromSlot, ToSlot
 
-from .harness import Sheet, Size, agreed, percentile, spread
+from .harness import Sheet, agreed, percentile, spread
 
 CLIP: Final = Path(gpu_byoc.local.__file__).parent / "clip" / "bigbuckbunny.mp4"
 SIZES: Final = ((704, 384), (1280, 720))
@@ -271,10 +271,3 @@ def _one_size(sheet: Sheet, width: int, height: int) -> None:
     for threads in ("SLICE", "FRAME"):
         what = f"2 {threads} threads: held"
         sheet.row(f"{size}, {what}", size=size, what=what, pictures=held_back(m, threads, 2))
-
-
-if __name__ == "__main__":
-    sheet = Sheet(Size.FULL)
-    run(sheet)
-    for row in sheet.rows:
-        print("  ".join(f"{value:.3f}" if isinstance(value, float) else f"{value!s:32}" for value in row.values()))

@@ -19,6 +19,19 @@ COST: Final = (
 )
 """Columns of the cost table; left out of the group's own."""
 
+FILE_ONLY: Final = (
+    *("frames_in", "frames_out", "jobs", "asked", "budget_ms", "max_batch", "max_wait_ms", "cores", "others_cores"),
+    *("batch_sizes", "batches_left", "handed_over_late_p99_us", "paced_p50_ms", "paced_p99_ms", "cores_of"),
+)
+"""What no table shows, so that it fits a terminal: how much was counted, what the row's name or the group's settings
+say, and breakdowns for whoever looks for a cause."""
+
+COUNTS: Final = ("batch", "connections", "streams", "readers", "clients")
+"""Have no column where the rows' names say them."""
+
+TROUBLE: Final = ("refused", "dropped", "lost")
+"""Have a column where one of the rows has some."""
+
 MARKS: Final = ("name", "spread", "windows", "unstable", "skipped", "failed")
 """Keys of a row that are about the row."""
 

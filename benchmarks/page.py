@@ -11,16 +11,13 @@ from typing import Any, Final
 from .machine import short
 from .metrics import written
 from .plots import MISSING
-from .tables import Table, by_reason, cost_of, doubts, figures_of
+from .tables import Table, by_reason, cost_of, doubts, figures_of, measured
 from .verdict import Statement, verdict
-
-TEXT: Final = 24
-"""Letters from which on a cell needs room."""
 
 MANY: Final = 14
 """Columns from which on a table is printed smaller."""
 
-LONG: Final = 30
+LONG: Final = 20
 """Rows above which a table is folded up, pictures and verdict having said what matters."""
 
 READING: Final = """
@@ -37,11 +34,11 @@ def html(report: dict[str, Any], pictures: dict[str, list[str]] | None) -> str:
     """The page. ``pictures`` are SVG elements by group; None where matplotlib is missing."""
     machine = report["machine"]
     parts = [
-        f"<h1>{escape(short(machine))}</h1>",
-        f'<p class="soft">gpu-byoc benchmarks, {_day(report)}, commit {escape(machine["commit"])}, '
-        f"{_time(report['seconds'])}</p>",
+        f"<h1>gpu-byoc on {escape(short(machine))}</h1>",
+        f'<p class="soft">Measured {_day(report)}, commit {escape(machine["commit"])}, {_time(report["seconds"])}</p>',
         _verdict(verdict(report)),
         _doubts([*doubts(report), *([MISSING] if pictures is None else [])]),
+        _contents(report),
         *(_group(name, group, (pictures or {}).get(name, [])) for name, group in report["groups"].items()),
         _section("Cost", "What does a row take, besides time?", _table(cost_of(report))),
         _section("Not run here", "By reason, and what that leaves out.", _reasons(by_reason(report, "skipped"))),
@@ -71,12 +68,16 @@ def _time(seconds: float) -> str:
 
 
 def _verdict(statements: Sequence[Statement]) -> str:
-    cards = [
-        f'<li{"" if each.known else " class=open"}><div class="asked">{escape(each.question)}</div>'
-        f'<div class="answer">{escape(each.answer)}</div><p class="why">{escape(each.why)}</p></li>'
+    """A card for each answer; what has none is a line below them."""
+    cards = "".join(
+        f'<li><div class="asked">{escape(each.question)}</div>'
+        f'<div class="answer">{"<br>".join(map(escape, each.answer.split("; ")))}</div>'
+        f'<p class="why">{escape(each.why)}</p></li>'
         for each in statements
-    ]
-    return f'<ul class="verdict">{"".join(cards)}</ul>'
+        if each.known
+    )
+    open_ = _list({each.question: each.answer for each in statements if not each.known})
+    return (f'<ul class="verdict">{cards}</ul>' if cards else "") + f'<div class="open">{open_}</div>'
 
 
 def _doubts(reasons: Sequence[str]) -> str:
@@ -85,23 +86,37 @@ def _doubts(reasons: Sequence[str]) -> str:
     )
 
 
+def _contents(report: dict[str, Any]) -> str:
+    """Links to the groups that measured something."""
+    there = {name: group for name, group in report["groups"].items() if measured(group["rows"])}
+    links = "".join(f'<a href="#{escape(name)}">{escape(group["title"])}</a>' for name, group in there.items())
+    return f"<nav>{links}</nav>" if len(there) > 1 else ""
+
+
 def _group(name: str, group: dict[str, Any], pictures: Sequence[str]) -> str:
     drawn = "".join(f"<figure>{picture}</figure>" for picture in pictures)
     busy = f", something else keeping {group['others_cores']:.1f} cores busy" if group["others_cores"] > 0.1 else ""
     content = (
         (f'<div class="pictures">{drawn}</div>' if drawn else "")
         + "".join(map(_table, figures_of(group["rows"])))
-        + (f"<h3>Settings</h3>{_list(group['settings'])}" if group["settings"] else "")
+        + (_folded("Settings", _list(group["settings"])) if group["settings"] else "")
         + f'<p class="soft">{group["seconds"]:.0f} s{busy}; <code>gpu-byoc bench --only {escape(name)}</code></p>'
     )
-    return _section(group["title"], group["question"], content)
+    if not measured(group["rows"]):
+        return ""  # what was skipped or failed has its own section
+    return _section(group["title"], group["question"], content, name)
 
 
-def _section(title: str, question: str, content: str) -> str:
+def _folded(said: str, content: str) -> str:
+    return f"<details><summary>{said}</summary>{content}</details>"
+
+
+def _section(title: str, question: str, content: str, name: str = "") -> str:
     if not content:
         return ""
     asked = f'<p class="question">{escape(question)}</p>' if question else ""
-    return f"<section><h2>{escape(title)}</h2>{asked}{content}</section>"
+    anchor = f' id="{escape(name)}"' if name else ""
+    return f"<section{anchor}><h2>{escape(title)}</h2>{asked}{content}</section>"
 
 
 def _table(table: Table) -> str:
@@ -113,17 +128,22 @@ def _table(table: Table) -> str:
         f"<tr{' class=weak' if weak else ''}>"
         + "".join(f"<td {kind}>{escape(cell)}</td>" for cell, kind in zip(line, kinds, strict=True))
         + "</tr>"
-        for line, weak in zip(table.cells, table.weak, strict=True)
+        + (f'<tr class="note"><td colspan="{len(line)}">{_notes(notes)}</td></tr>' if notes else "")
+        for line, weak, notes in zip(table.cells, table.weak, table.notes, strict=True)
     )
     many = ' class="many"' if len(table.heads) > MANY else ""
     whole = f'<div class="wide"><table{many}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f"<details><summary>{len(table.cells)} rows</summary>{whole}</details>" if len(table.cells) > LONG else whole
+    return _folded(f"{len(table.cells)} rows", whole) if len(table.cells) > LONG else whole
+
+
+def _notes(notes: Sequence[tuple[str, str]]) -> str:
+    return "<br>".join(f"<b>{escape(head)}</b> {escape(text)}" for head, text in notes)
 
 
 def _kind(table: Table, column: int) -> str:
     if table.numbers[column]:
         return 'class="number"'
-    return 'class="text"' if max(len(line[column]) for line in table.cells) > TEXT else 'class="word"'
+    return 'class="word"'
 
 
 def _reasons(missing: dict[str, list[str]]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -17,6 +18,10 @@ from .metrics import metric, written
 from .registry import Plot
 
 Row = dict[str, Any]
+
+LABEL, LINE = 24, 12
+"""Letters of a line's name from which on it is broken, for room that the name takes is the picture's; its line's
+height in points."""
 
 MISSING: Final = "No pictures: matplotlib is not installed (pip install 'gpu-byoc[bench]')."
 
@@ -193,22 +198,38 @@ def _limit_name(key: str) -> str:
 
 
 def _name_ends(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names beside the lines' ends, moved apart where they would lie on one another."""
+    """Names beside the lines' ends, long ones on two lines, moved apart where they would lie on one another."""
     axes.figure.canvas.draw()
-    placed: list[float] = []
-    for y, x, name, color in sorted(ends):
-        at = axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
-        put = max(at, placed[-1] + 12) if placed else at
-        placed.append(put)
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(9, put - at),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            annotation_clip=False,
-        )
+    points = 72 / axes.figure.dpi
+    for x in {x for _, x, _, _ in ends}:
+        named = [(y, textwrap.fill(name, LABEL), color) for y, at, name, color in sorted(ends) if at == x]
+        wanted = [float(axes.transData.transform((x, y))[1]) * points for y, _, _ in named]
+        heights = [LINE * (1 + text.count("\n")) for _, text, _ in named]
+        put = _apart(wanted, heights, axes.bbox.y1 * points)
+        for (y, text, color), at, to in zip(named, wanted, put, strict=True):
+            axes.annotate(
+                text,
+                (x, y),
+                xytext=(9, to - at),
+                textcoords="offset points",
+                color=color,
+                va="center",
+                annotation_clip=False,
+            )
+
+
+def _apart(wanted: Sequence[float], heights: Sequence[float], top: float) -> list[float]:
+    """Where the middles of labels go that want to be at ``wanted``, lowest first: none on another, and none above
+    ``top`` unless what lies below it is full."""
+    put: list[float] = []
+    for at, height in zip(wanted, heights, strict=True):
+        below = put[-1] + (heights[len(put) - 1] + height) / 2 if put else at
+        put.append(max(at, below))
+    limit = top
+    for number in reversed(range(len(put))):
+        put[number] = min(put[number], limit - heights[number] / 2)
+        limit = put[number] - heights[number] / 2
+    return put
 
 
 def _bars(axes: Any, plot: Plot, rows: Sequence[Row], colors: Colors) -> None:

@@ -59,7 +59,7 @@ def _jobs(report: dict[str, Any]) -> str:
         for row in rows
     ]
     heads = ["a 640x480 RGB frame as a job, 921,600 bytes each way", *(metric(key).head for key in shown)]
-    return as_markdown(Table(heads, [False] + [True] * len(shown), cells, [False] * len(cells)))
+    return as_markdown(Table(heads, [False] + [True] * len(shown), cells, [False] * len(cells), [[]] * len(cells)))
 
 
 def update(readme: Path, report: dict[str, Any], file: Path) -> list[Path]:

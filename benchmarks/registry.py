@@ -143,13 +143,6 @@ GROUPS: Final = (
         ),
     ),
     Group(
-        "health",
-        "Health",
-        "How long does /health take while everything is busy?",
-        "bench_health",
-        (Plot("health", "99 in 100 are answered within", "p99_us", "target", limit="floor_p99_us"),),
-    ),
-    Group(
         "media",
         "Media",
         "What do demuxing, slots and muxing add to a live picture?",
@@ -197,6 +190,13 @@ GROUPS: Final = (
         "How fast does one publisher reach many readers?",
         "bench_trickle",
         (Plot("trickle", "All readers together get", "trickle_mb_per_s", "readers", limit="floor_mb_per_s"),),
+    ),
+    Group(
+        "health",
+        "Health",
+        "How long does /health take while everything is busy?",
+        "bench_health",
+        (Plot("health", "99 in 100 are answered within", "p99_us", "target", limit="floor_p99_us"),),
     ),
     Group(
         "peers-live",

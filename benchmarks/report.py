@@ -7,10 +7,12 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -45,17 +47,20 @@ def check(output: Path) -> None:
         raise ConfigError(f"--output {output}: {folder.resolve()} cannot be written to")
 
 
+def save(report: dict[str, Any], output: Path) -> Path:
+    """The result alone, into the folder ``output`` or the file where that ends in ``.json``: all of it, or the file
+    stays as it was."""
+    check(output)
+    data = output if output.suffix == ".json" else output / f"{slug(report['machine'])}.json"
+    half = data.with_name(f"{data.name}.part")
+    half.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return half.replace(data)
+
+
 def write(report: dict[str, Any], output: Path) -> list[Path]:
     """Everything into the folder ``output``, or the result alone where that ends in ``.json``. The files written."""
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    check(output)
-    if output.suffix == ".json":
-        output.write_text(text, encoding="utf-8")
-        return [output]
-    stem = slug(report["machine"])
-    data = output / f"{stem}.json"
-    data.write_text(text, encoding="utf-8")
-    return [data, *render(report, output, stem)]
+    data = save(report, output)
+    return [data] if data == output else [data, *render(report, output, data.stem)]
 
 
 def render(report: dict[str, Any], folder: Path, stem: str) -> list[Path]:
@@ -91,12 +96,11 @@ def show(console: Console, report: dict[str, Any]) -> None:
     for entry in report["groups"].values():
         heading = f"{entry['title']}: {entry['question']}"
         for table in tables.figures_of(entry["rows"]):
-            shown = RichTable(title=heading, title_justify="left")
-            for head, number in zip(table.heads, table.numbers, strict=True):
-                shown.add_column(head, justify="right" if number else "left", overflow="fold")
-            for cells, weak in zip(table.cells, table.weak, strict=True):
-                shown.add_row(*cells, style="dim" if weak else "")
-            console.print(shown)
+            if heading:
+                console.print(heading, style="bold", markup=False)
+            console.print(_grid(table))
+            for note in tables.noted(table):
+                console.print(f"  {note}\n", markup=False)
             heading = ""
     for title, mark in (("not run", "skipped"), ("FAILED", "failed")):
         for reason, rows in tables.by_reason(report, mark).items():
@@ -107,6 +111,21 @@ def show(console: Console, report: dict[str, Any]) -> None:
         console.print(f"  {statement.question} {statement.answer}", markup=False)
     for doubt in tables.doubts(report):
         console.print(f"  ! {doubt}", markup=False)
+
+
+def _grid(table: tables.Table) -> RichTable:
+    """Figures are never broken; heads are, at their spaces, and the words of the rows where the terminal is narrow."""
+    grid = RichTable(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    lines = [[cell.replace(" unstable", "\nunstable") for cell in line] for line in table.cells]
+    for at, (head, number) in enumerate(zip(table.heads, table.numbers, strict=True)):
+        if number:
+            room = max(len(word) for line in [head, *(line[at] for line in lines)] for word in line.split())
+            grid.add_column("\n".join(textwrap.wrap(head, room)), justify="right", no_wrap=True)
+        else:
+            grid.add_column(head, overflow="fold")
+    for cells, weak in zip(lines, table.weak, strict=True):
+        grid.add_row(*cells, style="dim" if weak else "")
+    return grid
 
 
 def main(argv: Sequence[str] | None = None) -> int:

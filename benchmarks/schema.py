@@ -85,14 +85,20 @@ def _rows(group: str, rows: list[Any]) -> list[str]:
         if row["name"] in seen:
             found.append(f"{where}: a second row of this name")
         seen.add(row["name"])
-        found += [f"{where}: {key} is {value!r}" for key, value in row.items() if not _plain(value)]
-        if "skipped" in row or "failed" in row:
-            if len(row) != 2 or not isinstance(row.get("skipped", row.get("failed")), str):
-                found.append(f"{where}: a row that was skipped or failed has a name and the reason, nothing else")
-        elif row.get("unstable", True) is not True:
-            found.append(f"{where}: unstable is true, or not there")
-        elif row.get("unstable") and "spread" not in row:
-            found.append(f"{where}: unstable, but not by how much (spread)")
+        found += [f"{where}: {wrong}" for wrong in row_problems(row)]
+    return found
+
+
+def row_problems(row: dict[str, Any]) -> list[str]:
+    """What keeps a row that has a name out of a result file."""
+    found = [f"{key} is {value!r}" for key, value in row.items() if not _plain(value)]
+    if "skipped" in row or "failed" in row:
+        if len(row) != 2 or not isinstance(row.get("skipped", row.get("failed")), str):
+            found.append("a row that was skipped or failed has a name and the reason, nothing else")
+    elif row.get("unstable", True) is not True:
+        found.append("unstable is true, or not there")
+    elif row.get("unstable") and "spread" not in row:
+        found.append("unstable, but not by how much (spread)")
     return found
 
 

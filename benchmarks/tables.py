@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from .machine import short
-from .metrics import COST, MARKS, metric, written
+from .metrics import COST, COUNTS, FILE_ONLY, MARKS, TROUBLE, metric, written
 from .verdict import Statement, verdict
 
 Row = dict[str, Any]
+
+LONG: Final = 24
+"""Letters from which on a word is no cell of a table but a line below it."""
+
+FEW_US, MANY_US = 100, 10_000
+"""A column of microseconds is in milliseconds where none is below the one and some are above the other."""
 
 NOISY: Final = "This machine was too noisy to decide anything"
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """``heads`` and ``cells`` are text; ``numbers`` says which columns are figures. ``weak`` rows are unstable."""
+    """``heads`` and ``cells`` are text; ``numbers`` says which columns are figures. ``weak`` rows are unstable.
+    ``notes`` are what a row says that is too long for a cell: ``(head, text)`` for each."""
 
     heads: list[str]
     numbers: list[bool]
     cells: list[list[str]]
     weak: list[bool]
+    notes: list[list[tuple[str, str]]]
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
@@ -47,7 +56,8 @@ def by_reason(report: dict[str, Any], mark: str) -> dict[str, list[str]]:
 def figures_of(rows: Sequence[Row]) -> list[Table]:
     """The group's own tables: rows that share fewer than half of their columns stand in different ones.
 
-    Words that most rows' names say anyway, or that are the same in all rows, have no column of their own.
+    Words and counts that most rows' names say anyway, words that are the same in all rows, and what ``metrics`` keeps
+    out have no column.
     """
     kinds: list[list[Row]] = []
     for row in measured(rows):
@@ -69,16 +79,32 @@ def _alike(one: Row, other: Row) -> bool:
 
 
 def _figures(shown: Sequence[Row]) -> Table:
-    keys = dict.fromkeys(key for row in shown for key in row if key in _told(row))
-    told = [key for key in keys if not _in_names(shown, key)]
+    keys = dict.fromkeys(key for row in shown for key in row if key in _told(row) and key not in FILE_ONLY)
+    told = [key for key in keys if not _in_names(shown, key) and not _no_trouble(shown, key)]
+    shown, told = _in_milliseconds(shown, told)
     return _table(shown, told, spreads=any("spread" in row for row in shown))
+
+
+def _in_milliseconds(rows: Sequence[Row], keys: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """Columns of microseconds that have many digits, as milliseconds."""
+    new = {}
+    for key in (each for each in keys if each.endswith("_us")):
+        there = [row[key] for row in rows if key in row]
+        if min(there) >= FEW_US and max(there) >= MANY_US:
+            new[key] = key.removesuffix("us") + "ms"
+    scaled = [{new.get(key, key): value / 1e3 if key in new else value for key, value in row.items()} for row in rows]
+    return scaled, [new.get(key, key) for key in keys]
 
 
 def _in_names(rows: Sequence[Row], key: str) -> bool:
     if len(rows) > 1 and isinstance(rows[0].get(key), str) and len({row.get(key) for row in rows}) == 1:
         return True  # the same in all of them
-    said = [row[key] in row["name"] for row in rows if isinstance(row.get(key), str)]
-    return 2 * sum(said) > len(said)
+    there = [row for row in rows if isinstance(row.get(key), str) or (key in COUNTS and key in row)]
+    return 2 * sum(bool(re.search(rf"\b{re.escape(str(row[key]))}\b", row["name"])) for row in there) >= len(there) > 0
+
+
+def _no_trouble(rows: Sequence[Row], key: str) -> bool:
+    return key in TROUBLE and not any(row.get(key) for row in rows)
 
 
 def cost_of(report: dict[str, Any]) -> Table:
@@ -93,6 +119,9 @@ def cost_of(report: dict[str, Any]) -> Table:
 
 
 def _table(rows: Sequence[Row], keys: Sequence[str], *, spreads: bool) -> Table:
+    long = [key for key in keys if any(isinstance(row.get(key), str) and len(row[key]) > LONG for row in rows)]
+    notes = [[(metric(key).head, str(row[key])) for key in long if row.get(key)] for row in rows]
+    keys = [key for key in keys if key not in long]
     heads = ["", *(metric(key).head for key in keys), *(["spread"] if spreads else [])]
     cells = [[row["name"], *(_cell(row, key) for key in keys), *([_spread(row)] if spreads else [])] for row in rows]
     numbers = [
@@ -100,7 +129,7 @@ def _table(rows: Sequence[Row], keys: Sequence[str], *, spreads: bool) -> Table:
         *(all(not isinstance(row.get(key), str) for row in rows) for key in keys),
         *([True] if spreads else []),
     ]
-    return Table(heads, numbers, cells, [bool(row.get("unstable")) for row in rows])
+    return Table(heads, numbers, cells, [bool(row.get("unstable")) for row in rows], notes)
 
 
 def _cell(row: Row, key: str) -> str:
@@ -150,9 +179,16 @@ def markdown(report: dict[str, Any], pictures: dict[str, list[str]]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def noted(table: Table) -> list[str]:
+    """The notes, a line for each row that has some."""
+    told = zip(table.cells, table.notes, strict=True)
+    return [f"{line[0]}: {'; '.join(f'{head}: {text}' for head, text in notes)}" for line, notes in told if notes]
+
+
 def as_markdown(table: Table) -> str:
     lines = [table.heads, ["---:" if number else "---" for number in table.numbers], *table.cells]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    grid = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n\n".join([grid, *(f"* {note}" for note in noted(table))])
 
 
 def _statements(statements: Sequence[Statement]) -> str:

@@ -44,7 +44,7 @@ def _unknown(question: str, report: dict[str, Any], group: str) -> Statement:
     if entry is None:
         reason = f"not measured in this run (gpu-byoc bench --only {group})"
     elif not entry["rows"] or all("skipped" in row for row in entry["rows"]):
-        reason = f"not measured: every row of “{entry['title']}” was skipped, see below"
+        reason = f"not measured: every row of “{entry['title']}” was skipped, and the reasons are listed"
     else:
         reason = f"not decided: no row of “{entry['title']}” that says it settled"
     return Statement(question, reason[0].upper() + reason[1:] + ".", known=False)

@@ -102,7 +102,7 @@ def _worker_flags() -> list[tuple[str, Callable[[str], object], object, str]]:
         ("device-timeout", float, engine.device_timeout, "seconds a device may give no sign of life, 0: any time"),
         ("max-pixels", int, default.max_pixels, "pixels of an image in a job"),
         ("max-collected-mb", int, default.max_collected // MIB, "bodies of images and JSON, all jobs together"),
-        ("max-connections", int, default.max_connections, "open connections, beside those that ask for /health"),
+        ("max-connections", int, default.max_connections, "open connections, half of them from one address"),
         ("drain-seconds", float, default.drain_seconds, "what a shutdown may take, from SIGTERM to the exit"),
         ("admin-port", int, None, "port on 127.0.0.1 for POST /drain and GET /debug; unset: none, 0: a free one"),
         ("max-streams", int, None, "live streams at once; a third of the slots unless said"),

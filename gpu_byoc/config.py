@@ -206,6 +206,8 @@ class SecurityConfig:
     Of one live stream: pictures of ``max_stream_pixels`` at most, ``max_pixel_rate`` pixels and ``max_input_mbit``
     million bits a second, ``max_stream_seconds`` long (0: as long as it likes). The first three are what level 5.2 of
     H.264 allows (table A-1: frames of 36,864 macroblocks, 2,073,600 of them a second, 300 Mbit/s in High profile).
+    ``max_update_rate`` updates of its parameters a second: each is parsed on the event loop, which is everybody's. 20,
+    because people do not turn a knob faster; chosen, not measured.
     """
 
     allow_origins: tuple[str, ...] = ()
@@ -216,12 +218,15 @@ class SecurityConfig:
     max_pixel_rate: int = 2_073_600 * 256
     max_input_mbit: float = 300.0
     max_stream_seconds: float = 0.0
+    max_update_rate: float = 20.0
 
     def __post_init__(self) -> None:
         if self.max_stream_pixels < 1 or self.max_pixel_rate < 1 or not 0 < self.max_input_mbit < float("inf"):
             raise ConfigError("--max-stream-pixels, --max-pixel-rate and --max-input-mbit must be above 0")
         if not 0 <= self.max_stream_seconds < float("inf"):
             raise ConfigError("--max-stream-seconds is a number of seconds, or 0 for as long as a stream likes")
+        if not 1 <= self.max_update_rate < float("inf"):
+            raise ConfigError("--max-update-rate is at least 1 a second")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -246,6 +251,7 @@ SECURITY = {
         ("max-pixel-rate", "max_pixel_rate", int, "pixels a second of one stream; 530841600"),
         ("max-input-mbit", "max_input_mbit", float, "million bits a second of one stream's input; 300"),
         ("max-stream-seconds", "max_stream_seconds", float, "how long a stream may last; 0: as long as it likes"),
+        ("max-update-rate", "max_update_rate", float, "updates of one stream's parameters a second; 20"),
     )
 }
 
@@ -281,9 +287,10 @@ class ServeConfig:
     A stream is ended where more than ``error_budget`` of its frames (a share: 0.5 is half of them) failed in the
     processor over ten seconds. ``insecure`` takes any TLS certificate of a trickle server or an orchestrator.
 
-    ``max_connections`` are open at once, beside those that only ask for ``/health`` and ``/ready``; 512 is far more
-    than the slots serve. ``drain_seconds`` is what a shutdown may take; container runtimes kill ten seconds after
-    SIGTERM by default. ``admin_port`` is for ``/drain`` and ``/debug``, on 127.0.0.1; None: there is none.
+    ``max_connections`` are open at once, half of them from one address, beside those that only ask for ``/health`` and
+    ``/ready``; 512 is far more than the slots serve. ``drain_seconds`` is what a shutdown may take; container runtimes
+    kill ten seconds after SIGTERM by default. ``admin_port`` is for ``/drain`` and ``/debug``, on 127.0.0.1; None:
+    there is none.
 
     ``otel_endpoint`` is the base URL of a collector of traces (OTLP over HTTP); none are made without one.
 

@@ -124,7 +124,8 @@ class CorruptImage(ClientError):
 
 
 class DecoderFailed(ClientError):
-    """What a stream sent has crashed or hung the process that decodes it. Its next keyframe starts a new one."""
+    """What a stream sent has crashed or hung the process that decodes it, and its next keyframe starts a new one; or no
+    process can be had that may decode it, and the stream ends."""
 
     code = "decoder_failed"
     status = 422

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -43,24 +44,29 @@ def whom() -> Mapping[str, str]:
     return _about.get()
 
 
-class _Formatter(logging.Formatter):
+class Redacting(logging.Formatter):
     """The last line of defence: whatever raised may have put a channel's URL into its message."""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
         return redacted(super().formatException(ei))
 
 
-class TextFormatter(_Formatter):
+class TextFormatter(Redacting):
     def __init__(self) -> None:
         super().__init__(PAGE_FORMAT)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        line = super().formatMessage(record)
-        rest = [f"{kind} {name}" for kind, name in _about.get().items() if name not in record.message]
-        return f"{line} ({', '.join(rest)})" if rest else line
+        return super().formatMessage(record) + unsaid(record.message)
 
 
-class JsonFormatter(_Formatter):
+def unsaid(message: str) -> str:
+    """The ids that hold here and that ``message`` does not say itself, as ``stream NAME`` or ``job ID``."""
+    rest = [f"{kind} {name}" for kind, name in _about.get().items()]
+    rest = [whose for whose in rest if not re.search(rf"\b{re.escape(whose)}(?![\w.-])", message)]
+    return f" ({', '.join(rest)})" if rest else ""
+
+
+class JsonFormatter(Redacting):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         entry = {

@@ -69,7 +69,7 @@ def scraped() -> Scrape:
 
 
 def families() -> set[str]:
-    return {re.sub(r"_(bucket|sum|count)$", "", name) for name in scraped() if name.startswith("byoc_")} - CREATED
+    return {name for name in scraped().families if name.startswith("byoc_")} - CREATED
 
 
 CREATED = {"byoc_errors_created", "byoc_frame_latency_ms_created"}  # prometheus_client's own
@@ -105,8 +105,8 @@ def problems(expression: str, shown: list[str], found: Scrape) -> list[str]:
             if label in PROMETHEUS_OWN or name not in found:
                 continue
             values = {dict(labels).get(label) for labels in found[name]}
-            if label == "type":
-                values = {kind.code for kind in kinds()}
+            if label == "type" or name == "byoc_frames_dropped_total":
+                values |= {kind.code for kind in kinds()}
             if not any(each is not None and re.fullmatch(value, each) for each in values):
                 said.append(f"{name} has no {label} like {value}, only {values}")
     grouped = {label.strip() for group in GROUPING.findall(bare) for label in group.split(",")}
@@ -170,11 +170,94 @@ def test_every_metric_is_explained_and_no_other() -> None:
     assert explained - families() == {"byoc_connections", "byoc_connections_refused_total"}  # of a whole process
 
 
-def test_promtool_takes_the_rules() -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
+def promtool(*arguments: str) -> None:
+    tool = shutil.which("promtool")
+    if tool is None:
         pytest.skip("promtool is not installed (apt install prometheus)")
-    done = subprocess.run(
-        [promtool, "check", "rules", str(DOCS / "alerts.yaml")], capture_output=True, text=True, timeout=30, check=False
-    )
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_promtool_takes_the_rules() -> None:
+    promtool("check", "rules", str(DOCS / "alerts.yaml"))
+
+
+GPU = 'byoc_gpu_memory_total_bytes{gpu="0"}'
+FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "ByocDown": ({'up{job="gpu-byoc"}': "0x80"}, {'up{job="gpu-byoc"}': "1x80"}),
+    "ByocNotRegistered": ({"byoc_registered": "0x80"}, {"byoc_registered": "1x80"}),
+    "ByocDegraded": ({"byoc_degraded": "2x80"}, {"byoc_degraded": "0x80"}),
+    "ByocDeviceSilent": ({"byoc_canary_age_seconds": "0+1x80"}, {"byoc_canary_age_seconds": "0.5x80"}),
+    "ByocBatchStuck": ({"byoc_batch_under_way_seconds": "0+1x80"}, {"byoc_batch_under_way_seconds": "0.1x80"}),
+    "ByocRefusing": ({"byoc_refused_total": "0+1x80"}, {"byoc_refused_total": "7x80"}),
+    "ByocLatencyHigh": (
+        {
+            'byoc_frame_latency_ms_bucket{le="100.0"}': "0+9x80",
+            'byoc_frame_latency_ms_bucket{le="200.0"}': "0+10x80",
+            'byoc_frame_latency_ms_bucket{le="+Inf"}': "0+10x80",
+        },
+        {f'byoc_frame_latency_ms_bucket{{le="{le}"}}': "0+10x80" for le in ("100.0", "200.0", "+Inf")},
+    ),
+    "ByocFramesDropped": (
+        {'byoc_frames_dropped_total{reason="late"}': "0+9x80", 'byoc_stream_frames_total{way="in"}': "0+100x80"},
+        {
+            'byoc_frames_dropped_total{reason="late"}': "0+1x80",
+            'byoc_frames_dropped_total{reason="audio"}': "0+90x80",
+            'byoc_stream_frames_total{way="in"}': "0+100x80",
+        },
+    ),
+    "ByocStreamsFail": (
+        {'byoc_streams_ended_total{state="failed"}': "0+1x80"},
+        {'byoc_streams_ended_total{state="failed"}': "9x80", 'byoc_streams_ended_total{state="ended"}': "0+9x80"},
+    ),
+    "ByocProcessorFails": (
+        {'byoc_errors_total{type="processor_output"}': "0+9x80"},
+        {'byoc_errors_total{type="bad_frame"}': "0+9x80", 'byoc_errors_total{type="internal"}': "1x80"},
+    ),
+    "ByocFramesFail": (
+        {'byoc_frames_dropped_total{reason="processor_failed"}': "0+9x80"},
+        {'byoc_frames_dropped_total{reason="late"}': "0+9x80"},
+    ),
+    "ByocOutOfMemory": ({"byoc_out_of_memory_total": "0x70 1x10"}, {"byoc_out_of_memory_total": "3x80"}),
+    "ByocGpuMemoryFull": (
+        {'byoc_gpu_memory_bytes{gpu="0"}': "96x80", GPU: "100x80"},
+        {'byoc_gpu_memory_bytes{gpu="0"}': "90x80", GPU: "100x80"},
+    ),
+    "ByocNotPinned": ({'byoc_pinned{device="cuda:0"}': "0x80", GPU: "100x80"}, {'byoc_pinned{device="cpu"}': "0x80"}),
+    "ByocMeteringError": ({"byoc_metering_error_ratio": "0.02x80"}, {"byoc_metering_error_ratio": "0x80"}),
+    "ByocMeteringDrift": ({"byoc_metering_error_ratio": "0.0000001x80"}, {"byoc_metering_error_ratio": "0x80"}),
+    "ByocMeteringImpossible": (
+        {"byoc_device_compute_seconds_total": "0+20x80"},
+        {"byoc_device_compute_seconds_total": "0+14.9x80"},  # a scrape each fifteen seconds
+    ),
+}
+"""By alert, the series of a worker at which it fires, and of one at which it must not."""
+
+
+def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
+    assert FIRES.keys() == {rule["alert"] for rule in rules()}
+    tests = [
+        {
+            "interval": "15s",
+            "input_series": [
+                {
+                    "series": name.replace("{", '{instance="w",') if "{" in name else name + '{instance="w"}',
+                    "values": each,
+                }
+                for name, each in series.items()
+            ],
+            "promql_expr_test": [
+                {
+                    "expr": f'count(ALERTS{{alertname="{alert}", alertstate="firing", instance="w"}})',
+                    "eval_time": "19m",
+                    "exp_samples": [{"labels": "{}", "value": 1}] if fires else [],
+                }
+            ],
+        }
+        for alert, both in FIRES.items()
+        for series, fires in zip(both, (True, False), strict=True)
+    ]
+    file = tmp_path / "tests.yaml"
+    whole = {"rule_files": [str(DOCS / "alerts.yaml")], "evaluation_interval": "15s", "tests": tests}
+    file.write_text(yaml.safe_dump(whole), "utf-8")
+    promtool("test", "rules", str(file))

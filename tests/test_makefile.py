@@ -28,6 +28,7 @@ TARGETS = {
     "bench-peers",
     "plot",
     "bench-live",
+    "gpu-first",
     "soak",
     "soak-live",
     "fuzz",

@@ -8,14 +8,20 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from gpu_byoc.checks.rig import CheckFailed, Frames, Rig, Subject, noise, oracle, rig, same, without_kernels
+from gpu_byoc.checks.rig import Rig, Subject, rig, without_kernels
+from gpu_byoc.engine.proof import (
+    SHIPPED,
+    CheckFailed,
+    Frames,
+    all_params,
+    every_byte,
+    noise,
+    oracle,
+    same,
+)
 from gpu_byoc.errors import ProcessorFailed
 from gpu_byoc.processor import ArrayProcessor
-from gpu_byoc.processors.grayscale import Grayscale
 from gpu_byoc.processors.green_tint import GreenTint
-from gpu_byoc.processors.passthrough import Passthrough
-
-SHIPPED: Final = (GreenTint, Grayscale, Passthrough)
 
 # (width, height): one pixel, every rest of 16-byte accesses, odd sides, one row, one column, ordinary and large frames
 SHAPES: Final = [
@@ -34,12 +40,6 @@ def forms() -> Iterator[tuple[str, ArrayProcessor]]:
         yield f"{processor.name} (generic)", without_kernels(processor)()
 
 
-def all_params(processor: ArrayProcessor, boosts: Any) -> list[Any]:
-    if isinstance(processor, GreenTint):
-        return [GreenTint.Params(boost) for boost in boosts]
-    return [processor.Params()]
-
-
 def shapes(subject: Subject, quick: bool) -> int:
     """Random frames of every shape, through every processor."""
     rng, count = np.random.default_rng(1), 0
@@ -54,9 +54,7 @@ def shapes(subject: Subject, quick: bool) -> int:
 
 def byte_values(subject: Subject, quick: bool) -> int:
     """Each byte value in each channel, beside other values in its neighbours; for green tint with each boost."""
-    ramp, count = np.arange(256, dtype=np.uint8), 0
-    rows = [np.stack([np.roll(ramp, 85 * channel + shift) for channel in range(3)], -1) for shift in range(9)]
-    frames = np.stack(rows).reshape(3, 3, 256, 3)
+    frames, count = every_byte(), 0
     for name, processor in forms():
         with rig(subject, processor) as engine:
             for params in all_params(processor, QUICK_BOOSTS if quick else range(256)):

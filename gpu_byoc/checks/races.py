@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from gpu_byoc.checks.parity import SHIPPED, all_params
-from gpu_byoc.checks.rig import POISON, CheckFailed, Job, Rig, Subject, noise, oracle, rig, same
+from gpu_byoc.checks.rig import POISON, Job, Rig, Subject, rig
+from gpu_byoc.engine.proof import SHIPPED, CheckFailed, all_params, noise, oracle, same
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.processor import ArrayProcessor
 from gpu_byoc.processors.green_tint import GreenTint
@@ -167,7 +167,10 @@ def probes(subject: Subject, quick: bool) -> int:
             nonlocal count
             try:
                 while not over.wait(0.001):
+                    began = time.monotonic()
                     probe()
+                    if time.monotonic() - began > subject.patience:
+                        raise CheckFailed(f"it did not come back within {subject.patience:g} seconds")
                     count += 1
             except Exception as error:  # whatever it is, it is what the check found
                 failed.append(error)

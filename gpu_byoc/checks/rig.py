@@ -9,23 +9,20 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpu_byoc.backend import Backend
 from gpu_byoc.config import MIB, EngineConfig
 from gpu_byoc.engine.device import Outcome
 from gpu_byoc.engine.engine import Engine, Lease
+from gpu_byoc.engine.proof import CheckFailed, Frames
 from gpu_byoc.errors import GpuByocError
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.processor import ArrayProcessor
 
-Frames = NDArray[np.uint8]  # (frames, height, width, channels)
+START: Final = 120.0
+"""Seconds a backend may take to open, whatever the patience: it compiles, and a library comes off a cold disk."""
 
 POISON: Final = 0xA5  # what a slot is filled with before it goes back, so that what is left over shows
-
-
-class CheckFailed(Exception):
-    """What a check found wrong, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,34 +35,8 @@ class Subject:
     patience: float = 60.0
 
 
-def oracle(processor: ArrayProcessor, frames: Frames, params: Any) -> Frames:
-    """What ``process_batch`` makes of ``frames`` in plain numpy, without any backend."""
-    import array_api_compat.numpy as xp
-
-    given = frames.copy()
-    given.flags.writeable = False
-    return np.array(processor.process_batch(given, params, xp), np.uint8)
-
-
 def without_kernels(processor: type[ArrayProcessor]) -> type[ArrayProcessor]:
     return type(processor.__name__, (processor,), {"kernels": {}})
-
-
-def same(got: Frames, want: Frames, what: str) -> int:
-    """The number of frames, if all their bytes are equal.
-
-    Raises:
-        CheckFailed: with the place of the first byte that differs, and how many do.
-    """
-    wrong = np.flatnonzero(got.reshape(-1) != want.reshape(-1))
-    if wrong.size:
-        frame, row, column, channel = (int(i) for i in np.unravel_index(wrong[0], want.shape))
-        raise CheckFailed(
-            f"{what}: {wrong.size} of {want.size} bytes differ, the first in frame {frame} of {len(want)} "
-            f"({want.shape[2]}x{want.shape[1]}), row {row}, column {column}, channel {channel}: "
-            f"{got.reshape(-1)[wrong[0]]} instead of {want.reshape(-1)[wrong[0]]}"
-        )
-    return len(want)
 
 
 class Job:
@@ -160,12 +131,12 @@ class Rig:
 
 @contextmanager
 def rig(subject: Subject, processor: ArrayProcessor, slots: int = 8, max_batch: int = 4) -> Iterator[Rig]:
-    """An engine with ``subject``'s backend, closed at the end whatever is still on its way. The subject's patience is
-    the only deadline."""
+    """An engine with ``subject``'s backend, closed at the end whatever is still on its way. But for ``START``, the
+    subject's patience is the only deadline."""
     config = EngineConfig(slots, max_batch, depth=3, memory=max(1024, slots * 32) * MIB, device_timeout=0)
     engine = Engine(subject.make(), processor, config, subject.device)
     try:
-        engine.start().result(subject.patience)
+        engine.start().result(max(START, subject.patience))
         yield Rig(engine, subject.patience)
     except Exception as error:
         if engine.fatal is None:
@@ -173,7 +144,3 @@ def rig(subject: Subject, processor: ArrayProcessor, slots: int = 8, max_batch: 
         raise engine.fatal from error  # why it is closing, rather than that it is
     finally:
         engine.close(flush=False, timeout=min(10.0, subject.patience))
-
-
-def noise(rng: np.random.Generator, count: int, width: int, height: int) -> Frames:
-    return rng.integers(0, 256, (count, height, width, 3), np.uint8)

@@ -9,14 +9,13 @@ to the measured interval exactly. Wall seconds, which the network bills, are the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 SECOND = 1_000_000_000
 
 KEPT_SECONDS = 60
-"""Rows kept, as GET /compute shows them: one minute, the longest interval at which a Prometheus server is commonly
-set to scrape, so that nothing falls between two looks."""
+"""Rows kept, as GET /compute shows them: one minute, so that whoever looks every half minute sees each second whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +39,11 @@ class Usage:
     queue_ns: int = 0
 
     def add(self, other: Usage) -> None:
-        for field in _USAGE:
-            setattr(self, field, getattr(self, field) + getattr(other, field))
-
-
-_USAGE = tuple(f.name for f in fields(Usage))
+        self.frames += other.frames
+        self.batches += other.batches
+        self.compute_ns += other.compute_ns
+        self.copy_ns += other.copy_ns
+        self.queue_ns += other.queue_ns
 
 
 def split(interval: int, weights: Sequence[int]) -> list[int]:
@@ -121,8 +120,13 @@ class Meter:
         last = end // SECOND
         if last not in self._rows:
             self._forget(end)
-        computes = self._spread("compute_ns", end, compute, shares)
-        copies = self._spread("copy_ns", end, copy, shares)
+        computes, copies = [0] * len(shares), [0] * len(shares)
+        for i, row, part in self._spread(end, compute, shares):
+            computes[i] += part
+            row.compute_ns += part
+        for i, row, part in self._spread(end, copy, shares):
+            copies[i] += part
+            row.copy_ns += part
 
         named: dict[str, Usage] = {}
         for share, its_compute, its_copy in zip(shares, computes, copies, strict=True):
@@ -161,16 +165,12 @@ class Meter:
             usage = self.totals.setdefault(ENDED, Usage())
         return usage
 
-    def _spread(self, field: str, end: int, interval: int, shares: Sequence[Share]) -> list[int]:
-        """Each share's part of the ``interval`` that ended at ``end``, entered in the rows of its seconds."""
-        sums = [0] * len(shares)
+    def _spread(self, end: int, interval: int, shares: Sequence[Share]) -> Iterator[tuple[int, Usage, int]]:
+        """The ``interval`` that ended at ``end``, in parts: whose (an index), in the row of which second, how much."""
         weights = [share.pixels for share in shares]
         for second, piece in by_second(end - interval, end):
             for i, part in enumerate(split(piece, weights)):
-                sums[i] += part
-                row = self._row(second, shares[i].name)
-                setattr(row, field, getattr(row, field) + part)
-        return sums
+                yield i, self._row(second, shares[i].name), part
 
     def _row(self, second: int, name: str) -> Usage:
         return self._rows.setdefault(second, {}).setdefault(name, Usage())

@@ -42,10 +42,11 @@ _NEVER: Final = tuple(
         "ff00::/8",  # multicast
         "fd00:ec2::/32",  # AWS's metadata and credentials
         "fd20:ce::254/128",  # Google Cloud's metadata
+        "64:ff9b:1::/48",  # RFC 8215: where an IPv4 address is in it only the network's own translator knows
     )
 )
 _COMPATIBLE: Final = IPv6Network("::/96")  # RFC 4291 2.5.5.1
-_TRANSLATED: Final = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))  # NAT64: RFC 6052, RFC 8215
+_TRANSLATED: Final = (IPv6Network("64:ff9b::/96"), IPv6Network("::ffff:0:0:0/96"))  # RFC 6052 2.1, RFC 2765 2.1
 _LOOPBACK_6: Final = IPv6Address("::1")
 
 

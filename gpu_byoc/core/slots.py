@@ -13,7 +13,7 @@ is through with it. Slots of one lease move together. No clock, no thread, no wa
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -48,6 +48,7 @@ class Hold:
     """Slots taken together, by index in submission order; ``state`` is theirs."""
 
     slots: tuple[int, ...]
+    owner: Hashable = None
     state: State = State.HELD
 
 
@@ -72,6 +73,7 @@ class SlotPool:
         self.count = count
         self._free = list(range(count))  # a heap
         self._lines: OrderedDict[Hashable, OrderedDict[int, Want]] = OrderedDict()  # of each owner; the first is next
+        self._held: Counter[Hashable] = Counter()  # slots by owner
 
     @property
     def free(self) -> int:
@@ -80,6 +82,10 @@ class SlotPool:
     @property
     def waiting(self) -> int:
         return sum(map(len, self._lines.values()))
+
+    def held(self, owner: Hashable) -> int:
+        """Slots that an owner has now."""
+        return self._held[owner]
 
     def want(self, count: int, owner: Hashable = None) -> Want:
         """Ask for ``count`` slots. If ``hold`` of the answer is set they are yours; else wait to be named by
@@ -90,7 +96,7 @@ class SlotPool:
             raise ValueError(f"{count} of {self.count} slots")
         want = Want(count, owner)
         if not self._lines and count <= len(self._free):
-            want.hold = Hold(self._take(count))
+            self._fill(want)
         else:
             self._lines.setdefault(owner, OrderedDict())[id(want)] = want
         return want
@@ -124,6 +130,9 @@ class SlotPool:
             return []
         for slot in hold.slots:
             heappush(self._free, slot)
+        self._held[hold.owner] -= len(hold.slots)
+        if not self._held[hold.owner]:
+            del self._held[hold.owner]
         return self._serve()
 
     def _serve(self) -> list[Want]:
@@ -135,9 +144,13 @@ class SlotPool:
             self._leave(want)
             if want.owner in self._lines:
                 self._lines.move_to_end(want.owner)
-            want.hold = Hold(self._take(want.count))
+            self._fill(want)
             served.append(want)
         return served
+
+    def _fill(self, want: Want) -> None:
+        want.hold = Hold(self._take(want.count), want.owner)
+        self._held[want.owner] += want.count
 
     def _leave(self, want: Want) -> None:
         line = self._lines.get(want.owner, OrderedDict())

@@ -129,8 +129,10 @@ class Channel:
         """A publisher is here for ``index`` (or NEXT). Give what it sends to ``append``, and end with ``finish`` or
         ``leave``, once. Where the segment has ended already, its body is not wanted.
 
-        The newest finished index again is a repeat of it and is ignored; an older finished one, or one whose slot
-        holds a higher index, is a publisher that starts over. With ``reset``, lower segments are released.
+        The newest index again, once complete, is a repeat of it and is ignored; cut off, it is another publisher's that
+        goes on there. An older finished one, or one whose slot holds a higher index, is a publisher that starts over;
+        so is the newest while a lower one that starts over is silent, as publishers open the next segment before they
+        write the first. With ``reset``, lower segments are released.
 
         Raises:
             BadRequest: no such index can be written.
@@ -146,9 +148,10 @@ class Channel:
             over = segment is not None and segment.seq > seq
             segment = self._store(seq)
             segment.restart = over
-        elif segment.ended and (reset or seq != self.next_seq - 1):
+        elif segment.ended and (reset or not self._repeats(segment)):
+            goes_on = segment.ended is Ended.ABORTED and seq == self.next_seq - 1
             segment = self._store(seq)
-            segment.restart = seq < self.next_seq
+            segment.restart = seq < self.next_seq and not goes_on
         segment.publishers += 1
         if reset:
             for other in self.segments:
@@ -249,6 +252,13 @@ class Channel:
             self._end(segment, Ended.CLOSED)
         self._ring = [None] * RING
 
+    def _repeats(self, segment: Segment) -> bool:
+        """Whether somebody who posts this finished segment again has nothing new to say."""
+        if segment.seq != self.next_seq - 1 or segment.ended is Ended.ABORTED:
+            return False
+        begun = (each for each in self.segments if each.restart and each.publishers and each.seq < segment.seq)
+        return all(each.chunks or each.ended for each in begun)
+
     def _store(self, seq: int) -> Segment:
         before = self._ring[seq % RING]
         if before is not None:
@@ -275,7 +285,7 @@ class Channel:
                 continue
             if other.seq < segment.seq and other.left and not other.publishers and not other.chunks:
                 self._end(other, Ended.RELEASED)  # nobody will fill this hole
-            elif segment.restart and other.seq > segment.seq and _stale(other, before):
+            elif segment.restart and before > segment.seq < other.seq and _stale(other, before):
                 self._end(other, Ended.RELEASED)
                 self._ring[slot] = None
 

@@ -166,6 +166,8 @@ class Device:
         backend.open(self._wanted, self._engine.processor)
         if config.require_pinned:
             _require_pinned(backend)
+        if self._engine.first is not None:
+            self._engine.first(backend, self._engine.processor)
         self.depth = backend.depth if config.depth is None else min(backend.depth, config.depth)
         if self.depth > 1:
             self._lander.start()

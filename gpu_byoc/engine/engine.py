@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gpu_byoc.backend import Arena, Backend, Batch, runs
@@ -41,6 +42,11 @@ STALE = 10.0
 """Seconds after which memory of a frame size that nobody uses goes to another one that could do with more. Sizes that
 come in turn keep their own, because pinned memory is slow to make. Chosen, not measured."""
 
+SLOW = 0.25
+"""Seconds after which slots that wait for a slow caller may go to one who waits for slots: half as long as a job stands
+in the line by default (--slot-wait), so that it still gets them. Chosen, not measured; a 640x480 frame takes so long at
+30 Mbit/s, and that matters only where it is in others' way."""
+
 DURATIONS = tuple(
     tenths * SECOND // 10_000
     for tenths in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
@@ -58,11 +64,13 @@ class Lease:
     """Slots for ``frames`` frames of one spec: the bytes that come in, later the bytes that go out."""
 
     __slots__ = (
-        *("_engine", "_item", "_room", "_want", "context", "done", "frames", "hold", "params", "ready", "spec"),
-        "stream",
+        *("_engine", "_item", "_room", "_want", "client", "context", "done", "frames", "give_way", "hold", "params"),
+        *("ready", "spec", "stream"),
     )
 
-    def __init__(self, engine: Engine, room: _Room, spec: FrameSpec, frames: int, ready: Ready) -> None:
+    def __init__(
+        self, engine: Engine, room: _Room, spec: FrameSpec, frames: int, ready: Ready, client: Hashable
+    ) -> None:
         self._engine = engine
         self._room = room
         self._want: Want | None = None
@@ -71,6 +79,8 @@ class Lease:
         self.spec = spec
         self.frames = frames
         self.ready = ready
+        self.client = client
+        self.give_way: Callable[[], object] | None = None
         self.stream = ""
         self.params: Any = None
         self.done: Callable[[Outcome], None] | None = None
@@ -93,17 +103,38 @@ class Lease:
         assert self._room.arena is not None, "not granted yet"
         return [self._room.arena.view(first, count) for first, count in runs(self.hold.slots)]
 
-    def submit(self, stream: str, params: Any, done: Callable[[Outcome], None], order: Hashable = None) -> None:
+    def submit(
+        self,
+        stream: str,
+        params: Any,
+        done: Callable[[Outcome], None],
+        order: Hashable = None,
+        alone: bool = False,
+    ) -> None:
         """Hand the frames to the device; ``done`` is called once, unless ``release`` comes first.
 
         ``stream`` is the name the work is booked under. Leases with equal ``order`` (default: the stream) leave in
-        the order of their submission.
+        the order of their submission. ``alone``: in a batch with no other's.
 
         Raises:
             Draining: the engine is closing. The lease is still to be released.
         """
         self.stream, self.params, self.done = stream, params, done
-        self._engine._submit(self, stream if order is None else order)
+        self._engine._submit(self, stream if order is None else order, alone)
+
+    def lend(self, give_way: Callable[[], object]) -> None:
+        """From now on until ``keep`` the slots wait for a caller, who sends or reads. ``give_way`` is called if that is
+        slow and others need them more, once, on whichever thread: release them soon."""
+        self._engine._lend(self, give_way)
+
+    def keep(self) -> None:
+        """The caller is through; ``give_way`` is not called any more. Nothing happens where it was not lent."""
+        self._engine._keep(self)
+
+    def reclaim(self) -> None:
+        """For one that waits in the line; call it from time to time. If another client has more slots than this one's
+        would have, and has had some for long while it sent or read, it gives up the oldest of these."""
+        self._engine._reclaim(self)
 
     def release(self) -> None:
         """Give the slots back: the result was read, or nobody wants it any more."""
@@ -120,10 +151,20 @@ class _Room:
     used: float = 0.0  # when somebody last asked for slots here, by time.monotonic
     arena: Arena | None = None
     early: list[Lease] | None = None  # leases that wait for the arena itself
+    lent: dict[Lease, float] = field(default_factory=dict)
+    """Leases that wait for their callers, and since when, oldest first; ``inf``: it was told to give way."""
 
     @property
     def size(self) -> int:
         return self.nbytes * self.pool.count
+
+    def slots_of(self, client: Hashable) -> int:
+        """Slots that a client has, without those that it is giving up."""
+        return self.pool.held(client) - sum(each.frames for each in self.leaving if each.client == client)
+
+    @property
+    def leaving(self) -> list[Lease]:
+        return [each for each, since in self.lent.items() if since == math.inf]
 
     @property
     def idle(self) -> bool:
@@ -133,9 +174,19 @@ class _Room:
 class Engine:
     """One device. Made by ``__init__``, alive from ``start`` to ``close``."""
 
-    def __init__(self, backend: Backend, processor: Processor, config: EngineConfig, device: str | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        processor: Processor,
+        config: EngineConfig,
+        device: str | None = None,
+        first: Callable[[Backend, Processor], None] | None = None,
+    ) -> None:
+        """``first`` is called on the device thread once the backend is open, before anybody is told that it is; what
+        it raises is why the start failed."""
         self.backend = backend
         self.processor = processor
+        self.first = first
         self.config = config
         self.lock = threading.Condition()
         self.batcher: Batcher[Lease] = Batcher(
@@ -143,6 +194,8 @@ class Engine:
         )
         self.meter = Meter()
         self.out_of_memory = 0  # batches that did not fit into the device's memory
+        self.reclaimed = 0  # leases whose caller was slow and had to give way
+        self.crowded = 0  # leases refused because other frame sizes have the memory
         self.on_fatal: Callable[[GpuByocError], None] | None = None
         self._rooms: dict[int, _Room] = {}  # by nbytes, least recently used first
         self._lines: dict[int, Lease] = {}  # by id of the Want that waits in a pool
@@ -238,7 +291,7 @@ class Engine:
                 raise Draining("the worker is shutting down; send the job elsewhere")
             room = self._room_for(spec, frames)
             given_up = self._make_way(room, client) if room.pool.waiting >= room.pool.count and not patient else []
-            lease = Lease(self, room, spec, frames, ready)
+            lease = Lease(self, room, spec, frames, ready, client)
             want = room.pool.want(frames, client)
             lease.hold = want.hold
             if want.hold is None:
@@ -272,6 +325,7 @@ class Engine:
             if slots > max(count, frames - 1):
                 room = self._make_room(nbytes, most, slots)
         if room is None or room.pool.count < frames:
+            self.crowded += 1
             raise Overloaded(f"no memory for {frames} frames of {spec} while other sizes are in use; try again")
         room.used = now
         self._rooms[nbytes] = self._rooms.pop(nbytes)  # most recently used
@@ -330,13 +384,13 @@ class Engine:
 
     # --- the way through
 
-    def _submit(self, lease: Lease, order: Hashable) -> None:
+    def _submit(self, lease: Lease, order: Hashable, alone: bool) -> None:
         with self.lock:
             if self.closing:
                 raise Draining("the worker is shutting down; send the job elsewhere")
             assert lease.hold is not None, "not granted yet"
             lease._room.pool.move(lease.hold, "submit")
-            key = (lease.spec, lease.params)
+            key = (lease.spec, lease.params, lease if alone else None)
             lease._item = Item(lease, order, key, lease.frames, time.monotonic_ns())
             self.batcher.add(lease._item)
             self.lock.notify_all()
@@ -360,6 +414,42 @@ class Engine:
                 served = pool.move(hold, "release")
             lucky = self._admit(served)
         _tell(lucky)
+
+    def _lend(self, lease: Lease, give_way: Callable[[], object]) -> None:
+        with self.lock:
+            lease.give_way = give_way
+            lease._room.lent[lease] = time.monotonic()
+
+    def _keep(self, lease: Lease) -> None:
+        with self.lock:
+            lease.give_way = None
+            lease._room.lent.pop(lease, None)
+
+    def _reclaim(self, lease: Lease) -> None:
+        with self.lock:
+            victims = self._slower(lease) if lease._want is not None else []
+            ways = [victim.give_way for victim in victims]
+            lease._room.lent.update(dict.fromkeys(victims, math.inf))
+            self.reclaimed += len(victims)
+        for give_way in ways:
+            assert give_way is not None
+            give_way()
+
+    def _slower(self, lease: Lease) -> list[Lease]:
+        """Under the lock: as many leases as ``lease`` needs, the oldest first, that have waited for their caller for
+        SLOW seconds. They are one client's, that of most slots among the slow, and it has more than the client of
+        ``lease`` has then."""
+        room, before = lease._room, time.monotonic() - SLOW
+        slow = [each for each, since in room.lent.items() if since <= before and each.client != lease.client]
+        client = max((each.client for each in slow), key=room.slots_of, default=None)
+        most, share = room.slots_of(client), room.slots_of(lease.client) + lease.frames
+        missing = lease.frames - room.pool.free - sum(each.frames for each in room.leaving)
+        chosen = []
+        for each in slow:
+            if each.client == client and missing > 0 and most > share:
+                chosen.append(each)
+                most, missing = most - each.frames, missing - each.frames
+        return chosen
 
     def _dismiss(self, leases: list[Lease]) -> list[Lease]:
         """Under the lock: out of the line with them, last first, so that nobody is served on the way."""

@@ -10,11 +10,14 @@ from gpu_byoc import logs
 _LETTERS = {logging.INFO: "I", logging.WARNING: "W", logging.ERROR: "E", logging.CRITICAL: "F"}
 
 
-class GlogFormatter(logging.Formatter):
-    """A letter for the level, then 0000 where glog has the date: the page prints it so."""
+class GlogFormatter(logs.Redacting):
+    """A letter for the level, then 0000 where glog has the date: the page prints it so. The page's own lines, which are
+    information, stay as they are there; what goes wrong names its job. JSON has the job in each."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_LETTERS.get(record.levelno, 'I')}0000 {record.getMessage()}"
+        message = record.getMessage()
+        whose = logs.unsaid(message) if record.levelno >= logging.WARNING else ""
+        line = f"{_LETTERS.get(record.levelno, 'I')}0000 {message}{whose}"
         if record.exc_info:
             line = f"{line}\n{self.formatException(record.exc_info)}"
         return line

@@ -6,10 +6,10 @@ event loop never waits for a disk. In WAL mode a transaction is in the file as a
 process; a cut of the power may lose the last of them. A job that was running then is ``unfinished`` from the next start
 on, and billed nothing.
 
-While the disk takes no rows (full, read-only, locked, hanging) ``error`` says why, and the orchestrator refuses new
-jobs: they could not be booked. Those under way end and are answered; their rows stay in memory, are tried again every
-second, and go to the log as JSON if the process has to end before that. So one fault loses nothing; only kill -9 while
-the disk is full loses the ends of the jobs that were under way when it filled up.
+While the disk takes no rows (full, read-only, locked, hanging, the file gone) ``error`` says why, and the orchestrator
+refuses new jobs: they could not be booked. Those under way end and are answered; their rows stay in memory, are tried
+again every second, and go to the log as JSON if the process has to end before that. So one fault loses nothing; only
+kill -9 while the disk is full or hangs loses the ends of the jobs that were under way when that began.
 
 What a job costs (the rule of go-livepeer's batch jobs): its wall seconds, rounded up. Wall seconds count from the call
 of the worker until its whole answer has arrived at the orchestrator. The wait for a client that is slow to send is in
@@ -21,6 +21,7 @@ the same; a job that was refused, or that never reached a worker, costs nothing.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import math
@@ -33,7 +34,7 @@ from contextlib import closing
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from gpu_byoc.errors import ConfigError
 from gpu_byoc.local.metadata import amount, read_object
@@ -41,6 +42,7 @@ from gpu_byoc.local.metadata import amount, read_object
 log = logging.getLogger(__name__)
 
 FILE: Final = "ledger.sqlite3"
+LOCK: Final = "ledger.lock"  # beside it; whoever has it locked is the one who writes
 GATHER_SECONDS: Final = 0.1  # how long a row may wait for company when nobody waits for it
 RUNNING_SECONDS: Final = 0.1  # a job that takes longer than that is listed while it runs
 RETRY_SECONDS: Final = 1.0
@@ -131,11 +133,14 @@ class Ledger:
         self._rows: queue.SimpleQueue[_Row] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="ledger")
         self._database: sqlite3.Connection | None = None
+        self._lock: TextIO | None = None
+        self._place = (0, 0)  # of the file, as the disk has it
 
     def open(self) -> None:
-        """Raises ConfigError, naming -datadir, when the file cannot be written."""
+        """Raises ConfigError, naming -datadir, when the file cannot be written, or another orchestrator writes it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path.with_name(LOCK))
             self._database = sqlite3.connect(self.path, timeout=5.0, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
@@ -144,9 +149,9 @@ class Ledger:
             self._database.execute("UPDATE jobs SET outcome = ? WHERE outcome = ?", (UNFINISHED, RUNNING))
             self._database.commit()
             self.totals = Totals(*self._database.execute(f"SELECT {_SUMS} {_ENDED}").fetchone())
+            self._place = _place(self.path)
         except (OSError, sqlite3.Error) as error:
-            if self._database is not None:
-                self._database.close()
+            self._let_go()
             raise ConfigError(f"-datadir: cannot keep a ledger in {self.path}: {error}") from error
         self._thread.start()
 
@@ -184,9 +189,15 @@ class Ledger:
         self._rows.put((None, None))
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._database is not None:
             self._database.close()
             self._database = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     # --- the thread
 
@@ -225,9 +236,11 @@ class Ledger:
     def _store(self, rows: list[Entry]) -> bool:
         assert self._database is not None
         try:
+            if _place(self.path) != self._place:  # SQLite would go on writing to what nobody can find any more
+                raise FileNotFoundError("another file has taken its place; put it back, or start again")
             with self._database:
                 self._database.executemany(_INSERT, map(astuple, rows))
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             if str(error) != self.error:
                 log.error("ledger %s: %s; no new jobs until it takes rows again", self.path, error)
             self.error = str(error)
@@ -236,6 +249,28 @@ class Ledger:
         if was_refused:
             log.info("ledger %s: written again", self.path)
         return True
+
+
+def _locked(path: Path) -> TextIO:
+    """Opened, and locked until it is closed or its process ends, however that ends. Raises ConfigError, OSError."""
+    file = path.open("a", encoding="ascii")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(
+            f"-datadir: another orchestrator keeps its ledger in {path.parent}; stop it, or give each a directory of "
+            "its own"
+        ) from error
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _place(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _settle(done: asyncio.Future[None]) -> None:
@@ -260,7 +295,8 @@ def read_usage(datadir: Path, last: int) -> Usage:
     if not path.is_file():
         raise ConfigError(f"there is no ledger in {datadir}; give the -datadir that the orchestrator was started with")
     try:
-        with closing(sqlite3.connect(path, timeout=5.0)) as database:
+        with closing(sqlite3.connect(path, timeout=5.0, isolation_level=None)) as database:
+            database.execute("BEGIN")  # rows and sums of one moment
             rows = database.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY rowid DESC LIMIT ?", (last,)).fetchall()
             sums = database.execute(
                 f"SELECT capability, {_SUMS} {_ENDED} GROUP BY capability ORDER BY capability"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 OUTPUT: Final = Path("live-out") / "green-tint.mp4"
 MOST_STREAMS: Final = 256
+_TELLING_SECONDS: Final = 0.25  # the system counts CPU time in hundredths of a second
 _SHOW_SECONDS: Final = 0.5  # between two looks at the progress; drawing it takes some milliseconds of this process
 
 
@@ -184,7 +185,9 @@ def _row(client: LiveClient, final: bool) -> list[str]:
 def _report(console: Console, play: Play) -> list[str]:
     """Print what the table has not; returns what went wrong, one line each."""
     plan = play.plan
-    if play.cpu_per_frame is not None:
+    if play.cpu_per_frame is not None and play.seconds < _TELLING_SECONDS:
+        console.print("  too short to say what CPU a frame takes the worker; --seconds plays the clip over and over")
+    elif play.cpu_per_frame is not None:
         console.print(
             f"  the worker took {play.cpu_per_frame * 1e3:.2f} ms of CPU a frame, at {play.rate:.1f} frames/s of "
             f"{_count(len(play.clients), 'stream')}: {play.cpu_seconds:.2f} s of CPU in {play.seconds:.2f} s"

@@ -22,6 +22,7 @@ from gpu_byoc.errors import EXIT_USAGE, ConfigError, OperatorError
 from gpu_byoc.local import goflags
 from gpu_byoc.local.goflags import Flag
 from gpu_byoc.local.ledger import Entry, Usage, read_usage
+from gpu_byoc.local.metadata import amount
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +37,9 @@ FLAGS: Final = (
 )
 
 ANSWER_SECONDS: Final = 10.0
+
+END_OF_TIME: Final = 1 << 32
+"""Unix time; beyond it somebody counts something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +110,24 @@ def read_seconds(url: str) -> list[Second]:
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/compute", timeout=ANSWER_SECONDS) as answer:
             rows = json.load(answer)["rows"]
-            return [Second(**{each.name: row[each.name] for each in fields(Second)}) for row in rows]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+            return [_second(row) for row in rows]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(f"-worker {url}: cannot read its GET /compute: {error}") from error
+
+
+def _second(row: Any) -> Second:
+    """Raises TypeError, LookupError."""
+    values: dict[str, Any] = {each.name: row[each.name] for each in fields(Second)}
+    counts, spent = ("second", "frames", "batches"), ("compute_seconds", "copy_seconds", "queue_seconds")
+    if (
+        not isinstance(values["name"], str)
+        or not values["name"].isprintable()
+        or any(type(values[name]) is not int for name in counts)
+        or any(amount(values[name]) is None for name in (*counts, *spent))
+        or values["second"] >= END_OF_TIME
+    ):
+        raise TypeError(f"a row with values of other types, or that cannot be: {row!r:.200}")
+    return Second(**values)
 
 
 def _csv(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

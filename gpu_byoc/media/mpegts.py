@@ -22,12 +22,43 @@ PAT_PID: Final = 0x0000
 MAX_SECTION: Final = 1024  # section_length is at most 1021, after three bytes of header
 
 VideoCodec = Literal["h264", "hevc"]
-AudioCodec = Literal["aac", "mp2", "opus"]
+AudioCodec = Literal["aac", "aac_latm", "ac3", "dts", "eac3", "mp2", "opus", "pcm_bluray", "s302m", "truehd"]
 
 VIDEO_TYPES: Final[dict[int, VideoCodec]] = {0x1B: "h264", 0x24: "hevc"}
-AUDIO_TYPES: Final[dict[int, AudioCodec]] = {0x03: "mp2", 0x04: "mp2", 0x0F: "aac"}  # MPEG audio layers I to III; ADTS
+AUDIO_TYPES: Final[dict[int, AudioCodec]] = {
+    0x03: "mp2",
+    0x04: "mp2",  # MPEG audio layers I to III
+    0x0F: "aac",
+    0x11: "aac_latm",  # in ADTS; in LOAS
+    0x81: "ac3",
+    0x87: "eac3",
+    0x8A: "dts",  # private ones, as ATSC (A/53, A/52) and FFmpeg have them
+}
+_BARE_TYPES: Final[dict[int, AudioCodec]] = {0x82: "dts", 0x83: "truehd"}
+"""Of programs that name no owner of their private types: FFmpeg's muxer writes such."""
+_BLURAY_TYPES: Final[dict[int, AudioCodec]] = {
+    0x80: "pcm_bluray",
+    0x81: "ac3",
+    0x82: "dts",
+    0x83: "truehd",
+    0x84: "eac3",
+    0x85: "dts",
+    0x86: "dts",
+}
+"""Of programs that are registered as ``HDMV``; elsewhere they mean other things, such as 0x86 the cues of SCTE 35."""
+_REGISTERED: Final[dict[bytes, AudioCodec]] = {
+    b"Opus": "opus",
+    b"AC-3": "ac3",
+    b"EAC3": "eac3",
+    b"BSSD": "s302m",
+    **dict.fromkeys((b"DTS1", b"DTS2", b"DTS3"), "dts"),
+}
+"""By the format identifier of a registration descriptor: A/52 annex A, SMPTE 302M, ETSI TS 102 114."""
+_DVB: Final[dict[int, AudioCodec]] = {0x6A: "ac3", 0x7A: "eac3", 0x7B: "dts"}
+"""By a descriptor of ETSI EN 300 468."""
 PRIVATE_TYPE: Final = 0x06
-_TYPE_OF: Final = {"h264": 0x1B, "hevc": 0x24, "mp2": 0x03, "aac": 0x0F, "opus": PRIVATE_TYPE}
+_FIRST_PRIVATE: Final = 0x80  # "user private": the registration descriptor says whose
+_TYPE_OF: Final = {"h264": 0x1B, "mp2": 0x03, "aac": 0x0F, "aac_latm": 0x11, "truehd": 0x83}
 
 _REGISTRATION: Final = 0x05
 _EXTENSION: Final = 0x7F
@@ -112,13 +143,14 @@ def pmt_pid(data: bytes) -> int | None:
 
 
 def pmt(pcr_pid: int, version: int, streams: tuple[Stream, ...]) -> bytes:
-    """A PMT of program 1. Streams must have a codec."""
+    """A PMT of program 1. Streams must have a codec, one of those that need no program of Blu-ray's."""
     body = bytes((0xE0 | pcr_pid >> 8, pcr_pid & 255, 0xF0, 0))
     for each in streams:
-        info = b""
+        name = next((name for name, codec in _REGISTERED.items() if codec == each.codec), b"")
+        kind = PRIVATE_TYPE if name else _TYPE_OF[str(each.codec)]
+        info = bytes((_REGISTRATION, len(name))) + name if name else b""
         if each.codec == "opus":
-            info = bytes((_REGISTRATION, 4)) + b"Opus" + bytes((_EXTENSION, 2, _OPUS_EXTENSION, each.channels))
-        kind = _TYPE_OF[str(each.codec)]
+            info += bytes((_EXTENSION, 2, _OPUS_EXTENSION, each.channels))
         body += bytes((kind, 0xE0 | each.pid >> 8, each.pid & 255, 0xF0, len(info))) + info
     return section(0x02, 1, version, body)
 
@@ -127,29 +159,42 @@ def pmt_streams(data: bytes) -> Iterator[Stream]:
     """The streams of a PMT in its order. A table that contradicts itself ends early."""
     end = len(data) - 4
     at = 12 + ((data[10] & 0x0F) << 8 | data[11])
+    owner = next((body[:4] for tag, body in _descriptors(data[12 : min(at, end)]) if tag == _REGISTRATION), b"")
+    types = AUDIO_TYPES | (_BLURAY_TYPES if owner == b"HDMV" else {} if owner else _BARE_TYPES)
     while at + 5 <= end:
         kind, pid = data[at], (data[at + 1] & 0x1F) << 8 | data[at + 2]
         size = (data[at + 3] & 0x0F) << 8 | data[at + 4]
         info = data[at + 5 : min(at + 5 + size, end)]
         at += 5 + size
-        if kind == PRIVATE_TYPE:
-            channels = _opus_channels(info)
-            yield Stream(pid, kind, "opus" if channels else None, channels)
-        else:
-            yield Stream(pid, kind, VIDEO_TYPES.get(kind) or AUDIO_TYPES.get(kind))
+        codec = VIDEO_TYPES.get(kind) or types.get(kind)
+        if codec is None and (kind == PRIVATE_TYPE or kind >= _FIRST_PRIVATE):
+            codec = _private(info)
+        yield Stream(pid, kind, codec, _opus_channels(info) if codec == "opus" else 0)
+
+
+def _descriptors(info: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + 2 <= len(info):
+        yield info[at], info[at + 2 : at + 2 + info[at + 1]]
+        at += 2 + info[at + 1]
+
+
+def _private(info: bytes) -> AudioCodec | None:
+    """What a private stream is by its descriptors."""
+    for tag, body in _descriptors(info):
+        codec = _REGISTERED.get(body[:4]) if tag == _REGISTRATION else _DVB.get(tag)
+        if codec is not None:
+            return codec
+    return None
 
 
 def _opus_channels(info: bytes) -> int:
-    """Channels of Opus by its descriptors; 0 if they do not say Opus. Dual mono (code 0) counts as two."""
-    registered, channels, at = False, 2, 0
-    while at + 2 <= len(info):
-        tag, body = info[at], info[at + 2 : at + 2 + info[at + 1]]
-        at += 2 + info[at + 1]
-        if tag == _REGISTRATION and body[:4] == b"Opus":
-            registered = True
-        elif tag == _EXTENSION and len(body) >= 2 and body[0] == _OPUS_EXTENSION and 1 <= body[1] <= 8:
+    """Channels of Opus by its descriptors. Dual mono (code 0), and those that do not say it, count as two."""
+    channels = 2
+    for tag, body in _descriptors(info):
+        if tag == _EXTENSION and len(body) >= 2 and body[0] == _OPUS_EXTENSION and 1 <= body[1] <= 8:
             channels = body[1]
-    return channels if registered else 0
+    return channels
 
 
 def used(field: bytes | memoryview) -> int:

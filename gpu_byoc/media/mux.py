@@ -131,6 +131,7 @@ class Segmenter:
         self._shown = 0
         self._waiting: deque[AudioPacket] = deque()
         self._weight = 0  # bytes in it
+        self.unheard = 0  # audio packets that were dropped, as no picture came in time
 
     def wants_key(self, pts: int, heavy: bool = False) -> bool:
         """Whether the frame shown at ``pts`` should be a keyframe: a segment's time is over, or there is none yet.
@@ -182,6 +183,7 @@ class Segmenter:
             pieces.append(self._due(None if heavy else max(self._shown, limit)))
         while self._waiting and (self._waiting[0].pts < limit or self._weight > _MOST_WAITING):
             self._weight -= len(self._waiting.popleft().data)
+            self.unheard += 1
         data = b"".join(pieces)
         return [Piece(data)] if data else []
 
@@ -192,6 +194,7 @@ class Segmenter:
         return [Piece(data)] if data else []
 
     def _clear(self) -> None:
+        self.unheard += len(self._waiting)
         self._waiting.clear()
         self._weight = 0
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ import numpy as np
 from gpu_byoc.errors import ConfigError, DecoderFailed
 from gpu_byoc.media import sandbox_wire as wire
 from gpu_byoc.media.audio import AudioPacket
+from gpu_byoc.media.confine import WALLS
 from gpu_byoc.media.decode import Frame, StreamEvent, VideoInfo
 from gpu_byoc.media.demux import VIDEO, Limits, Problem
 from gpu_byoc.media.mpegts import WRAP
@@ -42,10 +44,16 @@ FAILURES: Final = 5
 WINDOW: Final = 60.0
 """Broken so often within so many seconds, a stream is given up: it costs a new process each time."""
 
+WORDS: Final = 1 << 20
+"""Messages of one answer. An honest one has half as many at most: sounds of eight bytes in a PES of 4 MiB."""
+
 STEP: Final = 3600
 """Ticks between the last frame before a break and the first after it, where time stamps tell nothing: 40 ms."""
 
 _PASSED_ON = ("LD_LIBRARY_PATH", "PATH", "TMPDIR")
+
+_standing: dict[str, str] = {}
+"""The walls of the process that ``check`` started, with which the worker began to serve: what its status shows."""
 
 
 class Cell:
@@ -53,22 +61,19 @@ class Cell:
 
     def __init__(self, limits: Limits) -> None:
         size = wire.room(limits)
-        memory = os.memfd_create("frame", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        ours, theirs = socket.socketpair()
-        try:
+        with ExitStack() as ours, ExitStack() as theirs:
+            self.sock, sock = socket.socketpair()
+            ours.callback(self.sock.close)
+            theirs.callback(sock.close)
+            memory = os.memfd_create("frame", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            theirs.callback(os.close, memory)
             os.ftruncate(memory, size)
             # Were it made shorter, reading it would kill us.
             fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self._map = mmap.mmap(memory, size, prot=mmap.PROT_READ)
             self.memory = np.frombuffer(self._map, np.uint8)
-            self.process = _spawn(theirs.fileno(), memory, limits)
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(memory)
-        self.sock = ours
+            self.process = _spawn(sock.fileno(), memory, limits)
+            ours.pop_all()
         self._hung_up = False
         self.walls: dict[str, str] | None = None  # None: it has not said that it is ready
 
@@ -83,12 +88,17 @@ class Cell:
             raise Broken(self._how_it_ended()) from None
 
     def get_ready(self) -> None:
-        """Wait until it has given up everything. Raises Broken."""
+        """Wait until it has given up everything. Raises Broken, and DecoderFailed if that is less than was promised."""
         message, _ = self.listen()
         walls = message.get("ready")
         if not isinstance(walls, dict):
-            raise Broken(f"it cannot start: {message.get('broken')}")
-        self.walls = {str(name): str(why) for name, why in walls.items()}
+            raise Broken(f"it cannot start: {wire.text_in(message.get('broken', 'it does not say why'))}")
+        self.walls = {name: wire.text_in(walls.get(name, "it does not say")) for name in WALLS}
+        if fallen := [f"{name}: {why}" for name, why in self.walls.items() if why and not _standing.get(name, why)]:
+            raise DecoderFailed(
+                "the process that decodes this stream is less confined than the one at the worker's start was, and so "
+                f"it gets nothing to decode ({'; '.join(fallen)})"
+            )
 
     def say(self, letter: bytes, data: bytes | memoryview = b"") -> None:
         """Raises Broken."""
@@ -154,10 +164,13 @@ class SandboxedReader:
         self._shift: int | None = 0  # what is added to this process's time stamps; None: not known yet
 
     def open(self) -> None:
-        """Get a process on its way, which takes a while, on the thread that will read."""
+        """Get a process on its way, which takes a while, on the thread that will read. Raises DecoderFailed."""
         with self._lock:
             if self._cell is None and not self._stopped:
-                self._cell = Cell(self._limits)
+                try:
+                    self._cell = Cell(self._limits)
+                except OSError as error:  # no descriptors, no memory, too many processes
+                    raise DecoderFailed(f"no process can be started to decode this stream: {error}") from error
                 self._info = None
                 self._shift = None if self._last else 0
 
@@ -189,7 +202,7 @@ class SandboxedReader:
     def _ask(self, letter: bytes, data: bytes | memoryview = b"") -> Iterator[StreamEvent]:
         """Ends early after ``stop``. Raises DecoderFailed."""
         self.open()
-        cell, answered = self._cell, False
+        cell, answered, words = self._cell, False, 0
         if cell is None:
             return
         try:
@@ -198,7 +211,9 @@ class SandboxedReader:
             cell.say(letter, data)
             while not answered:
                 message, sound = cell.listen()
-                answered = "done" in message
+                answered, words = "done" in message, words + 1
+                if words > WORDS:
+                    raise Broken("it does not come to an end")
                 yield from self._events(cell, message, sound)
         except Broken as error:
             if self._stopped:
@@ -214,7 +229,7 @@ class SandboxedReader:
         if not isinstance(pictures, list):
             raise Broken("its pictures are no list")
         for pts in pictures:
-            self._on_picture(self._placed(wire.whole(pts, -(1 << 60), 1 << 60)))
+            self._on_picture(self._placed(wire.whole(pts, -wire.FAR, wire.FAR)))
         if "frame" in message:
             yield from self._frame(cell, message["frame"])
         elif "sound" in message:
@@ -227,12 +242,12 @@ class SandboxedReader:
         elif "problem" in message:
             yield wire.problem_in(message["problem"])
         elif "broken" in message:
-            raise Broken(f"it cannot go on: {str(message['broken'])[:200]!r}")
+            raise Broken(f"it cannot go on: {wire.text_in(message['broken'])}")
 
     def _frame(self, cell: Cell, value: Any) -> Iterator[StreamEvent]:
         if self._info is None or not isinstance(value, list) or len(value) != 2:
             raise Broken("it has a frame of nothing")
-        pts = self._placed(wire.whole(value[0], -(1 << 60), 1 << 60))
+        pts = self._placed(wire.whole(value[0], -wire.FAR, wire.FAR))
         picture = wire.read_pixels(self._info, cell.memory)
         cell.say(wire.TAKEN)
         if pts <= self._last.get(VIDEO, pts - 1):
@@ -268,7 +283,8 @@ class SandboxedReader:
 
 
 def check() -> dict[str, str]:
-    """Start one, and see what walls it has: for each ``confine.WALLS``, "" or why it does not stand.
+    """Start one, and see what walls it has: for each ``confine.WALLS``, "" or why it does not stand. Those that come
+    after it have to have as many.
 
     Raises:
         ConfigError: it does not start.
@@ -277,10 +293,13 @@ def check() -> dict[str, str]:
         cell = Cell(Limits())
     except OSError as error:
         raise ConfigError(f"--sandbox-decode: no process can be started for decoding: {error}") from error
+    _standing.clear()
     try:
         cell.get_ready()
     except Broken as error:
         raise ConfigError(f"--sandbox-decode: the process for decoding does not start: {error}") from error
     finally:
         cell.end()
-    return cell.walls or {}
+    assert cell.walls is not None
+    _standing.update(cell.walls)
+    return cell.walls

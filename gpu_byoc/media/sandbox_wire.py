@@ -12,7 +12,7 @@ import socket
 import struct
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, Final, cast
+from typing import Any, Final, cast, get_args
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -37,6 +37,10 @@ _TO_CHILD: Final = struct.Struct("<cI")
 _TO_WORKER: Final = struct.Struct("<II")
 _MAX_TEXT: Final = 64 << 10
 _MAX_SOUND: Final = 8 << 20
+_MAX_RATIO: Final = (1 << 31) - 1  # what FFmpeg's fractions hold
+
+FAR: Final = 1 << 48
+"""Ticks, a century of them: no time stamp is farther from 0, and none that follows from some overflows."""
 
 SAMPLE: Final = {
     **dict.fromkeys(("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "gray", "gbrp"), 1),
@@ -177,7 +181,7 @@ def sound_in(value: Any, data: bytes) -> AudioPacket:
     found = _track_in(track)
     if not found.copies:
         raise Broken("it passes on sound that it was to decode")
-    return AudioPacket(data, whole(pts, -(1 << 60), 1 << 60), found)
+    return AudioPacket(data, whole(pts, -FAR, FAR), found)
 
 
 def info_in(value: Any, limits: Limits) -> VideoInfo:
@@ -186,7 +190,7 @@ def info_in(value: Any, limits: Limits) -> VideoInfo:
     if not isinstance(name, str) or name not in SAMPLE or width * height > limits.max_pixels:
         raise Broken("it decodes what it may not")
     colour = Colour(whole(matrix, 0, 255), full is True, whole(primaries, 0, 255), whole(transfer, 0, 255))
-    up, down = whole(up, 0, 1 << 31), whole(down, 0, 1 << 31)
+    up, down = whole(up, 0, _MAX_RATIO), whole(down, 0, _MAX_RATIO)
     return VideoInfo(_video(codec), width, height, name, colour, Fraction(up, down) if up and down else None)
 
 
@@ -194,8 +198,14 @@ def problem_in(value: Any) -> Problem:
     reason, detail, track = _list(value, 3)
     if not isinstance(reason, str) or reason not in REASONS or track not in (None, VIDEO, AUDIO):
         raise Broken("it has a problem that there is not")
-    text = "".join(letter if letter.isprintable() else " " for letter in str(detail)[:200])
-    return Problem(reason, text, track)
+    return Problem(reason, text_in(detail), track)
+
+
+def text_in(value: Any) -> str:
+    """Fit for one line of a log."""
+    if not isinstance(value, str):
+        raise Broken("what it says of something is no text")
+    return "".join(letter if letter.isprintable() else " " for letter in value[:200])
 
 
 def whole(value: Any, least: int, most: int) -> int:
@@ -217,8 +227,7 @@ def _video(value: Any) -> VideoCodec:
 
 
 def _track_in(value: Any) -> AudioTrack:
-    """MPEG audio has become Opus in there."""
     codec, rate, channels = _list(value, 3)
-    if codec not in ("aac", "opus", "mp2"):
+    if codec not in get_args(AudioCodec):
         raise Broken("it hears what it may not")
-    return AudioTrack(cast(AudioCodec, codec), whole(rate, 1, 192_000), whole(channels, 0, 8))
+    return AudioTrack(cast(AudioCodec, codec), whole(rate, 0, 192_000), whole(channels, 0, 8))

@@ -1,7 +1,7 @@
 """The process that decodes one stream: ``python -m gpu_byoc.media.sandboxed SOCKET MEMORY LIMITS``.
 
 It reads the worker's words from a socket and answers with events; the pixels of a frame go into memory that both map,
-one frame at a time. MPEG audio becomes Opus here, too: what decoders are given a stranger's bytes are all in here.
+one frame at a time. Sound that is not copied becomes Opus here, too: all decoders of a stranger's bytes are in here.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Cell:
 
     def _portable(self, packet: AudioPacket) -> list[AudioPacket]:
         """As the output can carry it."""
-        done = self._flushed() if self._opus is not None and self._opus.source != packet.track else []
+        done = self._flushed(packet.pts) if self._opus is not None and self._opus.source != packet.track else []
         if packet.track.copies:
             return [*done, packet]
         if self._opus is None:
@@ -93,9 +93,9 @@ class Cell:
             self._tell(wire.problem_out(Problem("audio", "an audio packet that cannot be decoded")))
         return done
 
-    def _flushed(self) -> list[AudioPacket]:
+    def _flushed(self, before: int | None = None) -> list[AudioPacket]:
         opus, self._opus = self._opus, None
-        return [] if opus is None else opus.flush()
+        return [] if opus is None else opus.flush(before)
 
     def _sounds(self, packets: Iterable[AudioPacket]) -> None:
         for packet in packets:

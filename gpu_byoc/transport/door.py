@@ -1,54 +1,62 @@
-"""The way in: a thread of its own accepts connections, answers what must be answered at once, and hands the rest on.
+"""The way in: whoever comes is looked at by a small process of its own, the doorman; a thread takes from it those who
+have work for the worker, gives them a seat, and hands them to the event loop.
 
 An event loop that moves frames for many connections comes around late: a new connection's ``GET /health`` would wait
-for a third of a second beside 64 busy ones. This thread has nothing else to do. It looks at a request's head without
-taking it out of the socket (``MSG_PEEK``), so that whoever gets the connection after it finds it untouched.
+for a third of a second beside 64 busy ones, and for a tenth beside 8 live streams where a thread of this process
+answered it. Where there can be no such process, the thread does its work.
 
-Everything is bounded: how long a head may take, how many connections wait here, how many are let in. One too many is
-told so with 503.
+Everything is bounded: how long a head may take, how many connections wait here, how many are let in, and how many of
+these from one address. One too many is told so with 503.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import http
-import json
 import logging
+import os
 import selectors
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from ipaddress import ip_address
+from typing import Any, Final, TypeAlias
 
 from aiohttp import web
 
-from gpu_byoc.transport.listen import BACKLOG, KEEP_SECONDS, make_runner
+from gpu_byoc.core.origins import plain
+from gpu_byoc.transport import doorman
+from gpu_byoc.transport.doorman import BEAT, TARGETS, Bounds, Guest, Lobby, error
+from gpu_byoc.transport.listen import KEEP_SECONDS, make_runner
 
 log = logging.getLogger("gpu_byoc.http")
 
-Answer: TypeAlias = Callable[[str], tuple[int, bytes] | None]
-"""A request's target -> (status, JSON), or None: not for the door. Called on its thread; must not wait."""
+Answer: TypeAlias = Callable[[str], tuple[int, bytes]]
+"""One of TARGETS -> (status, JSON). Called on the door's thread; must not wait."""
 
-HEAD_SECONDS: Final = 10.0
-"""Within which a request's head must have come."""
+DEATHS: Final = 3
+"""Of the doorman within DEATHS_SECONDS: then it is done without."""
 
-LINGER_SECONDS: Final = 1.0
-"""How long a client that was turned away may go on sending: closed at once, the answer might never reach it."""
+DEATHS_SECONDS: Final = 10.0
 
-AT_THE_DOOR: Final = 256
-"""Connections that have not said yet what they want, or ask nothing but how we are. The oldest makes room."""
+END_SECONDS: Final = 1.0
+"""For the doorman to end when it is told to."""
 
-PEEK: Final = 32768
-"""Bytes that a head may have, as with nginx. Inside, nobody watches how long one takes, so a longer one stays out."""
-
-SWEEP: Final = 1.0
+_PASSED_ON: Final = ("LD_LIBRARY_PATH", "PATH", "SYSTEMROOT")
+"""Of the environment: what an interpreter may need to start, and nobody's secret."""
 
 
 class Door:
-    """``start`` and ``close`` on the event loop. ``most`` connections are inside at once. ``lost`` is called on the
-    event loop if nobody can come in any more: a defect, and only a restart helps."""
+    """``start`` and ``close`` on the event loop. ``most`` connections are inside at once, ``share`` of them from one
+    address: half, so that it cannot keep others out.
+
+    Without ``alone`` there is no doorman; otherwise it is called on the door's thread where there can be none, or none
+    any more, and is told why. ``lost`` is called on the event loop if nobody can come in any more: a defect, and only a
+    restart helps."""
 
     def __init__(
         self,
@@ -58,38 +66,52 @@ class Door:
         most: int,
         shutdown: float,
         lost: Callable[[], None],
+        alone: Callable[[str], None] | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         self.most = most
+        self.share = (most + 1) // 2
         self.refused = 0
+        self.deaths = 0
         self._sock = sock
         self._answer = answer
         self._lost = lost
+        self._alone = alone
+        self._bounds = bounds or Bounds(keep=KEEP_SECONDS)
         self._runner = make_runner(app, shutdown)
-        self._inside = 0
+        self._inside: Counter[str] = Counter()  # by client
         self._lock = threading.Lock()  # over ``_inside``: seats are taken here and given back on the loop
-        self._guests: dict[_Guest, None] = {}  # the one that was answered last comes last
-        self._selector = selectors.DefaultSelector()
+        self._lobby = Lobby(self._bounds, self._asked, self._let_in)
         self._ear, self._bell = socket.socketpair()
         self._over = False
+        self._doorman: _Doorman | None = None
+        self._died: deque[float] = deque(maxlen=DEATHS)
         self._entering: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
 
     @property
     def inside(self) -> int:
         """Connections that were let in and are open."""
-        return self._inside
+        with self._lock:
+            return self._inside.total()
 
     @property
     def waiting(self) -> int:
-        """Connections at the door."""
-        return len(self._guests)
+        """Connections at the door; the doorman's, as it last said."""
+        doorman = self._doorman  # which the door's thread may take away at any time
+        return len(self._lobby.guests) + (doorman.waiting if doorman else 0)
+
+    @property
+    def doorman(self) -> int | None:
+        """Its process id."""
+        doorman = self._doorman
+        return doorman.process.pid if doorman else None
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self._runner.setup()
         self._sock.setblocking(False)
-        self._selector.register(self._sock, selectors.EVENT_READ)
-        self._selector.register(self._ear, selectors.EVENT_READ)
+        self._lobby.selector.register(self._ear, selectors.EVENT_READ, lambda: self._ear.recv(1))
         self._thread.start()
 
     async def close(self) -> None:
@@ -107,144 +129,118 @@ class Door:
 
     def _run(self) -> None:
         try:
+            if self._alone is None:
+                self._lobby.listen(self._sock)
+            else:
+                self._employ(self._alone)
             while not self._over:
-                for key, _ in self._selector.select(SWEEP if self._guests else None):
-                    if key.fileobj is self._sock:
-                        self._accept()
-                    elif key.data in self._guests:  # may have made room for another one a moment ago
-                        self._look(key.data)
-                self._sweep()
+                self._lobby.turn(self._patience())
+                if self._doorman is not None:
+                    self._doorman.beat()
+            if self._doorman is not None:
+                self._dismiss(self._doorman)
         except Exception as bug:  # of ours; a worker that cannot be reached must not go on as if it could
-            log.critical("the thread that accepts connections failed", exc_info=bug)
+            log.critical("the thread that lets connections in has failed", exc_info=bug)
             self._loop.call_soon_threadsafe(self._lost)
         finally:
-            for guest in list(self._guests):
-                self._send_away(guest)
-            self._selector.close()
+            if self._doorman is not None:
+                self._doorman.end()
+            self._lobby.close()
             self._ear.close()
 
-    def _accept(self) -> None:
-        for _ in range(BACKLOG):
-            try:
-                sock, _ = self._sock.accept()
-            except BlockingIOError:
-                return
-            except ConnectionAbortedError:
-                continue
-            except OSError:  # no descriptors or no memory: what waits here goes before what works
-                if self._guests:
-                    self._send_away(next(iter(self._guests)))
-                else:
-                    time.sleep(SWEEP / 10)
-                return
-            sock.setblocking(False)
-            guest = _Guest(sock, time.monotonic() + HEAD_SECONDS)
-            self._guests[guest] = None
-            self._selector.register(sock, selectors.EVENT_READ, guest)
-            if len(self._guests) > AT_THE_DOOR:
-                self._send_away(next(iter(self._guests)))
-            self._look(guest)  # its request came with it, as a rule
+    def _patience(self) -> float | None:
+        if self._doorman is not None:
+            return min(BEAT, self._bounds.sweep)
+        return self._bounds.sweep if self._lobby.guests else None
 
-    def _look(self, guest: _Guest) -> None:
-        try:
-            head = guest.sock.recv(PEEK, socket.MSG_PEEK)
-            if guest.leaving:
-                guest.sock.recv(PEEK)
-        except BlockingIOError:
-            return
-        except OSError:
-            head = b""
-        if not head:
-            self._send_away(guest)
-        elif not guest.leaving:
-            self._heard(guest, head)
-
-    def _heard(self, guest: _Guest, head: bytes) -> None:
-        end = head.find(b"\r\n\r\n")
-        if end < 0:
-            self._unfinished(guest, len(head))
-            return
-        guest.forget_head()
-        request, _, fields = head[:end].lower().partition(b"\r\n")
-        target = head[: len(request)].split(b" ")
-        bodiless = b"content-length" not in fields and b"transfer-encoding" not in fields
-        answer = None
-        if len(target) == 3 and target[0] == b"GET" and bodiless:
-            answer = self._answer(target[1].decode("latin-1"))
-        if answer is None:
-            self._let_in(guest)
-            return
-        guest.sock.recv(end + 4)
-        keep = request.endswith(b" http/1.1") and b"connection: close" not in fields
-        self._say(guest, *answer, keep=keep)
-
-    def _unfinished(self, guest: _Guest, seen: int) -> None:
-        """So much of a head is there, and not its end."""
-        if seen >= PEEK:
-            self._say(guest, 431, _error("bad_request", f"a head of more than {PEEK} bytes"), keep=False)
-        elif seen == guest.seen:  # woken without more: nothing more comes
-            guest.sock.recv(seen)  # what is not read would make a reset of the end
-            self._send_away(guest)
+    def _employ(self, alone: Callable[[str], None]) -> None:
+        """Start a doorman; where that is no use, this thread listens itself."""
+        why = ""
+        if len(self._died) == DEATHS and self._died[-1] - self._died[0] < DEATHS_SECONDS:
+            why = f"its process has ended {DEATHS} times within {DEATHS_SECONDS:g} s"
         else:
-            if not guest.seen:
-                guest.until = min(guest.until, time.monotonic() + HEAD_SECONDS)
-            guest.seen = seen
-            guest.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, seen + 1)  # woken when more has come
-
-    def _say(self, guest: _Guest, status: int, body: bytes, *, keep: bool, more: str = "") -> None:
-        """Answer, and wait for the next request or for the client to go."""
-        head = (
-            f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: application/json; charset=utf-8\r\n"
-            f"Content-Length: {len(body)}\r\n{more}{'' if keep else 'Connection: close' + chr(13) + chr(10)}\r\n"
-        )
-        del self._guests[guest]
-        self._guests[guest] = None
-        guest.forget_head()
-        guest.leaving = not keep
-        guest.until = time.monotonic() + (KEEP_SECONDS if keep else LINGER_SECONDS)
-        try:
-            whole = guest.sock.send(head.encode() + body) == len(head) + len(body)
-            if not keep:
-                guest.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            whole = False
-        if not whole:  # it reads nothing
-            self._send_away(guest)
-
-    def _let_in(self, guest: _Guest) -> None:
-        with self._lock:
-            full = self._inside >= self.most
-            self._inside += not full
-        if full:
-            self.refused += 1
-            text = f"{self.most} connections are open, --max-connections allows no more; try again"
-            self._say(guest, 503, _error("overloaded", text), keep=False, more="Retry-After: 1\r\n")
+            try:
+                self._doorman = _Doorman(self._sock, self._answer, self._bounds)
+            except OSError as error:  # no process, no descriptors, another system
+                why = f"it cannot be started: {error}"
+        if self._doorman is not None:
+            self._lobby.selector.register(self._doorman.pair, selectors.EVENT_READ, self._meet)
             return
-        self._selector.unregister(guest.sock)
-        del self._guests[guest]
-        seat = _Seat(guest.sock, self._left)
+        log.warning("no doorman: %s; /health will be slower under full load", why)
+        alone(f"no doorman: {why}; /health will be slower under full load")
+        self._lobby.listen(self._sock)
+
+    def _meet(self) -> None:
+        """Let in whom the doorman sends. Where it is gone, whoever was with it is, too; the others wait to be accepted,
+        for the listening socket is ours."""
+        assert self._doorman is not None
+        assert self._alone is not None
+        for sock in self._doorman.meet():
+            if sock is None:
+                self.refused += 1
+            elif (guest := self._newcomer(sock)) is not None:
+                self._let_in(guest)
+        if self._doorman.gone and not self._over:
+            self._lobby.selector.unregister(self._doorman.pair)
+            status = self._doorman.end()
+            self._doorman = None
+            self.deaths += 1
+            self._died.append(time.monotonic())
+            log.warning("the doorman's process has ended with status %d; another one is started", status)
+            self._employ(self._alone)
+
+    def _dismiss(self, doorman: _Doorman) -> None:
+        """Tell it to end. Whom it has passed on by then comes in."""
+        doorman.hang_up()
+        deadline = time.monotonic() + END_SECONDS
+        while not doorman.gone and (left := deadline - time.monotonic()) > 0:
+            self._lobby.turn(left)
+
+    def _newcomer(self, sock: socket.socket) -> Guest | None:
+        try:
+            address = sock.getpeername()[0]
+        except OSError:  # a reset meanwhile
+            sock.close()
+            return None
+        sock.setblocking(False)
+        guest = Guest(sock, address, 0.0)
+        guest.held = True
+        self._lobby.guests[guest] = None
+        return guest
+
+    def _asked(self, guest: Guest, target: str, keep: bool) -> None:
+        self._lobby.say(guest, *self._answer(target), keep=keep)
+
+    def _let_in(self, guest: Guest) -> None:
+        name = client((guest.address,))
+        with self._lock:
+            why = self._full(name)
+            if not why:
+                self._inside[name] += 1
+        if why:
+            self.refused += 1
+            self._lobby.say(guest, 503, error("overloaded", why), keep=False, more="Retry-After: 1\r\n")
+            return
+        self._lobby.release(guest)
+        seat = _Seat(guest.sock, lambda: self._left(name))
         try:
             self._loop.call_soon_threadsafe(self._enter, seat)
         except RuntimeError:  # the loop is closed
             seat.close()
 
-    def _left(self) -> None:
+    def _full(self, client: str) -> str:
+        """Why nobody, or not this client, can come in; empty where it can. Under the lock."""
+        if self._inside.total() >= self.most:
+            return f"{self.most} connections are open, --max-connections allows no more; try again"
+        if self._inside[client] >= self.share:
+            return f"{self.share} connections of your address are open, half of --max-connections; try again"
+        return ""
+
+    def _left(self, client: str) -> None:
         with self._lock:
-            self._inside -= 1
-
-    def _sweep(self) -> None:
-        now = time.monotonic()
-        for guest in [each for each in self._guests if each.until <= now]:
-            if guest.seen:
-                text = f"no whole head of a request within {HEAD_SECONDS:g} s"
-                self._say(guest, 408, _error("body_timeout", text), keep=False)
-            else:
-                self._send_away(guest)
-
-    def _send_away(self, guest: _Guest) -> None:
-        self._selector.unregister(guest.sock)
-        del self._guests[guest]
-        guest.sock.close()
+            self._inside[client] -= 1
+            if not self._inside[client]:
+                del self._inside[client]
 
     # --- on the loop
 
@@ -266,26 +262,102 @@ class Door:
                 raise
 
 
-class _Guest:
-    """A connection at the door, until ``until``. ``seen`` bytes of a head that is not complete; ``leaving``: it was
-    told to go."""
-
-    __slots__ = ("leaving", "seen", "sock", "until")
-
-    def __init__(self, sock: socket.socket, until: float) -> None:
-        self.sock = sock
-        self.until = until
-        self.seen = 0
-        self.leaving = False
-
-    def forget_head(self) -> None:
-        if self.seen:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-            self.seen = 0
+def client(address: Any) -> str:
+    """Who that is, as far as a socket's address tells: an IPv4 address, or the first half of an IPv6 one, for whoever
+    has one of those has all of its other half."""
+    found = plain(ip_address(address[0].partition("%")[0]))
+    return str(found) if found.version == 4 or found.is_loopback else found.packed[:8].hex()
 
 
-def _error(code: str, message: str) -> bytes:
-    return json.dumps({"status": "error", "error": code, "message": message}).encode()
+class _Doorman:
+    """The worker's end of it, all on the door's thread. ``gone``: it sends nobody any more.
+
+    Raises, when it is made: OSError."""
+
+    def __init__(self, listener: socket.socket, answer: Answer, bounds: Bounds) -> None:
+        self.waiting = 0
+        self.gone = False
+        self._answer = answer
+        self._family, self._type = listener.family, listener.type
+        self._number = 0
+        self._said_at = 0.0
+        self.pair, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self.pair.setblocking(False)
+                self._say()  # is there when it starts
+                self.process = _spawn(listener.fileno(), theirs.fileno(), bounds)
+            except BaseException:
+                self.pair.close()
+                raise
+
+    def meet(self) -> list[socket.socket | None]:
+        """Whom it has sent by now; None is one for whom there was no descriptor left, and who was cut off. Its last
+        question is answered."""
+        found: list[socket.socket | None] = []
+        number = self._number
+        while True:
+            try:
+                # As accept() has it: Python does not ask for that here, and a child in C would keep them open.
+                message, ancillary, flags, _ = self.pair.recvmsg(doorman.REPORT.size, _ROOM, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                break
+            except OSError:
+                message, ancillary, flags = b"", [], 0
+            if not message:
+                self.gone = True
+                break
+            number, self.waiting = doorman.REPORT.unpack(message)
+            if flags & socket.MSG_CTRUNC:
+                found.append(None)
+            for _, _, data in ancillary:
+                found += [socket.socket(self._family, self._type, fileno=fd) for fd in memoryview(data).cast("i")]
+        if number != self._number:
+            self._number = number
+            self._say()
+        return found
+
+    def beat(self) -> None:
+        if time.monotonic() - self._said_at >= BEAT:
+            self._say()
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):  # it is gone already
+            self.pair.shutdown(socket.SHUT_WR)
+
+    def end(self) -> int:
+        """Its exit status. What it has sent and nobody took is closed."""
+        self.pair.close()
+        try:
+            return self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+    def _say(self) -> None:
+        self._said_at = time.monotonic()
+        answers = [self._answer(target) for target in TARGETS]
+        with contextlib.suppress(OSError):  # it does not read, or is gone; the next look at the pair tells
+            self.pair.send(doorman.packed(self._number, answers))
+
+
+_ROOM: Final = socket.CMSG_SPACE(4)
+"""For one descriptor."""
+
+
+def _spawn(listener: int, pair: int, bounds: Bounds) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-I", "-S", "-B", doorman.__file__),
+            *(str(listener), str(pair), str(os.getpid()), *bounds.arguments()),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=(listener, pair),
+        cwd="/",
+        start_new_session=True,  # Ctrl-C is for us
+        env={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
+    )
 
 
 class _Seat(socket.socket):

@@ -350,6 +350,9 @@ class _Opening:
 
 def words(error: BaseException, url: str) -> str:
     """An error of the network about ``url``, for a message: some say nothing but their name, and some the whole URL."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        why = scrubbed(str(error.certificate_error), url)
+        return f"{why}; --ca-file names who issued its certificate, --insecure takes any"
     text = scrubbed(str(error), url)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

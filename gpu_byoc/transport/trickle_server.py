@@ -322,6 +322,8 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     if not 1 <= given.max_segment_mb <= given.max_channel_mb:
         raise ConfigError("--max-segment-mb must be at least 1, and --max-channel-mb at least as much")
+    if not 0 <= given.port <= 65535:
+        raise ConfigError(f"--port {given.port} is not a port; 1 to 65535, or 0 for a free one")
     limits = Limits(segment=given.max_segment_mb * MIB, channel=given.max_channel_mb * MIB)
     server = TrickleServer(limits, autocreate=given.autocreate, changefeed=given.changefeed)
     asyncio.run(_until_told(server, given.host, given.port, given.base_path))

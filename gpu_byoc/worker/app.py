@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
+from typing import Any
 
 from aiohttp import hdrs, web
 
@@ -19,11 +21,13 @@ from gpu_byoc.logs import about
 from gpu_byoc.processor import Processor
 from gpu_byoc.transport.door import Door
 from gpu_byoc.worker import jobs, telemetry
+from gpu_byoc.worker.admission import Suspects
 from gpu_byoc.worker.bodies import Budget, http_error
 from gpu_byoc.worker.cors import Cors
+from gpu_byoc.worker.discretion import is_here, unnamed
 from gpu_byoc.worker.health import Health, is_deep
 from gpu_byoc.worker.registration import Registration
-from gpu_byoc.worker.streams import Streams
+from gpu_byoc.worker.streams import Streams, addressed
 from gpu_byoc.worker.tracing import Tracing, job_id
 
 log = logging.getLogger("gpu_byoc.worker")
@@ -49,6 +53,7 @@ class Worker:
         self.door: Door | None = None  # None in tests that serve without one
         self.active = 0
         self.budget = Budget(config.max_collected)
+        self.suspects = Suspects(config.error_budget)
         self.quiet = asyncio.Event()  # set when the last job ends while draining
         self.began = time.monotonic()
         self.health = Health(self)
@@ -91,7 +96,7 @@ class Worker:
         app.router.add_get("/app-version", _json(lambda: {"version": self.config.app_version}))
         app.router.add_get("/hardware/info", _json(lambda: telemetry.hardware(self, "gpu_info")))
         app.router.add_get("/hardware/stats", _json(lambda: telemetry.hardware(self, "gpu_stats")))
-        app.router.add_get("/compute", _json(lambda: telemetry.compute_report(self)))
+        app.router.add_get("/compute", self._compute)
         app.router.add_get("/metrics", self._metrics)
         Cors(self.config.security.cors_origins).install(app)
         return app
@@ -157,20 +162,32 @@ class Worker:
     def _refuse(self, error: GpuByocError) -> web.Response:
         self.metrics.errors.labels(error.code).inc()
         challenge = {hdrs.WWW_AUTHENTICATE: "Bearer"} if isinstance(error, Unauthorized) else {}
-        response = http_error(error, jobs.headers(self, Outcome(None), 0) | challenge)
+        response = http_error(error, self.state, jobs.headers(self, Outcome(None), 0) | challenge)
         if self.draining:
             response.force_close()  # the next request is for another worker
         return response
 
     async def _health(self, request: web.Request) -> web.Response:
-        answer = self.health.deep() if is_deep(request.path_qs) else self.health.health()
-        return _json_bytes(*answer)
+        if not is_deep(request.path_qs):
+            return _json_bytes(*self.health.health())
+        status, body = self.health.deep()
+        return web.json_response(self._seen_by(request, json.loads(body)), status=status)
 
     async def _ready(self, request: web.Request) -> web.Response:
         return _json_bytes(*self.health.routing())
 
     async def _status(self, request: web.Request) -> web.Response:
-        return web.json_response(telemetry.status(self, request.headers.get("X-Stream-Id")))
+        return web.json_response(self._seen_by(request, telemetry.status(self, addressed(request, request.query))))
+
+    async def _compute(self, request: web.Request) -> web.Response:
+        return web.json_response(self._seen_by(request, telemetry.compute_report(self)))
+
+    def _seen_by(self, request: web.Request, report: dict[str, Any]) -> dict[str, Any]:
+        """What this caller is shown of it."""
+        registration = self.registration
+        if registration is None or registration.knows(request.headers) or is_here(request.headers, request.remote):
+            return report
+        return unnamed(report)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +16,7 @@ from aiohttp.client_exceptions import ClientError, ClientPayloadError
 from aiohttp.web_protocol import RequestPayloadError
 
 from gpu_byoc.errors import BadFrame, BodyTimeout, GpuByocError, Overloaded, TooLarge
+from gpu_byoc.transport import door
 from gpu_byoc.transport.listen import widen
 
 MIN_RATE = 16 * 1024
@@ -51,21 +55,117 @@ class Watch:
         self._timer = self._loop.call_later(self._seconds, self._look)
 
 
+@lru_cache(maxsize=256)
+def _client(address: str) -> str:
+    return door.client((address,))
+
+
+def caller(request: web.Request) -> str:
+    """Whose it is, by the door's rule: a header could be made up. So whoever comes through one orchestrator is one
+    client, and who gets how much among them is the orchestrator's to say."""
+    return _client(request.remote) if request.remote else ""
+
+
+@contextlib.asynccontextmanager
+async def giving_way() -> AsyncIterator[Callable[[], None]]:
+    """While a caller sends or reads. Yields what ends that, with Overloaded, for others who need the room; it is to be
+    called on the event loop, and does nothing after the end."""
+    inside = True
+
+    def cut() -> None:
+        if inside and not limit.expired():
+            limit.reschedule(0)
+
+    try:
+        async with asyncio.timeout(None) as limit:
+            try:
+                yield cut
+            finally:
+                inside = False
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise Overloaded("others wait for room, this client has more of it than they, and is slow; try again") from None
+
+
+@dataclass(slots=True, eq=False)
+class Body:
+    """A body that is collected, later the answer that takes its place: ``size`` bytes of the budget. ``cut`` ends it
+    where its caller is waited for, and is None elsewhere."""
+
+    client: Hashable
+    data: bytearray = field(default_factory=bytearray)
+    size: int = 0
+    cut: Callable[[], None] | None = None
+
+    @contextlib.asynccontextmanager
+    async def lent(self) -> AsyncIterator[None]:
+        """While the caller sends or reads. Raises Overloaded where others need the room."""
+        async with giving_way() as self.cut:
+            try:
+                yield
+            finally:
+                self.cut = None
+
+
 class Budget:
-    """Bytes of bodies that are collected outside slots, all requests together."""
+    """Bytes of bodies that are collected outside slots, all requests together.
+
+    When it is full, whoever has most of it makes way for one who would have less: its oldest body that waits for its
+    caller is cut off. So bodies that never end, of one client or of many, keep nobody out.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
+        self.reclaimed = 0  # bodies that were cut off
+        self._bodies: dict[Body, None] = {}  # oldest first
 
-    def take(self, count: int) -> None:
-        """Raises Overloaded; then nothing was taken."""
-        if self.used + count > self.limit:
-            raise Overloaded(f"{self.used} bytes of other jobs' bodies are being collected; try again")
+    def take(self, body: Body, count: int) -> None:
+        """Raises Overloaded; then nothing was taken, and nobody was cut off."""
+        for victim in self._in_the_way(body, count):
+            self.give(victim)
+            self.reclaimed += 1
+            cut, victim.cut = victim.cut, None
+            assert cut is not None
+            cut()
+        self._bodies[body] = None
+        body.size += count
         self.used += count
 
-    def give(self, count: int) -> None:
-        self.used -= count
+    def replace(self, body: Body, size: int) -> None:
+        """What was collected is done with, and ``size`` bytes made of it are kept instead: they are there already, so
+        there is nothing to refuse."""
+        self.used += size - body.size
+        body.size, body.data = size, bytearray()
+
+    def give(self, body: Body) -> None:
+        """All that it has. May be called twice."""
+        self.used -= body.size
+        body.size = 0
+        self._bodies.pop(body, None)
+
+    def _in_the_way(self, body: Body, count: int) -> list[Body]:
+        """Whom to cut off for ``count`` bytes: always the client that has most, while that is more than the one of
+        ``body`` would have. Raises Overloaded where that does not suffice."""
+        missing = self.used + count - self.limit
+        if missing <= 0:
+            return []
+        sizes: Counter[Hashable] = Counter()
+        for each in self._bodies:
+            sizes[each.client] += each.size
+        chosen = []
+        slow = [each for each in self._bodies if each.cut is not None and each.size and each.client != body.client]
+        while missing > 0:
+            client = max((each.client for each in slow), key=sizes.__getitem__, default=None)
+            if sizes[client] <= sizes[body.client] + count:
+                raise Overloaded(f"{self.used} bytes of other jobs' bodies are being collected; try again")
+            victim = next(each for each in slow if each.client == client)
+            slow.remove(victim)
+            chosen.append(victim)
+            sizes[client] -= victim.size
+            missing -= victim.size
+        return chosen
 
 
 async def _chunks(request: web.Request, seconds: float, progress: Callable[[], int]) -> AsyncGenerator[bytes, None]:
@@ -113,28 +213,34 @@ async def read_into(request: web.Request, views: Sequence[memoryview], seconds: 
         raise BadFrame(f"the body ended after {at} of {size} bytes")
 
 
-async def read_all(request: web.Request, limit: int, seconds: float, budget: Budget) -> bytearray:
-    """The whole body, at most ``limit`` bytes: for what must be parsed before its size in slots is known.
-
-    The caller gives ``len`` of the result back to the budget.
+@contextlib.asynccontextmanager
+async def collected(request: web.Request, limit: int, seconds: float, budget: Budget) -> AsyncIterator[Body]:
+    """The whole body, at most ``limit`` bytes: for what must be parsed before its size in slots is known. It is in the
+    budget to the end of the block; one that announces its length is from the first byte, so that it will have room.
 
     Raises:
         TooLarge: more than ``limit``; the rest is not read.
-        Overloaded: the budget is used up.
+        Overloaded: the budget is used up, or others need the room.
         BodyTimeout: too little came in ``seconds``.
     """
-    body = bytearray()
+    body, announced = Body(caller(request)), request.content_length or 0
+    too_large = TooLarge(f"the body is larger than the limit of {limit} bytes")
+    if announced > limit:
+        raise too_large
     try:
-        async with contextlib.aclosing(_chunks(request, seconds, lambda: len(body))) as chunks:
+        budget.take(body, announced)
+        async with body.lent(), contextlib.aclosing(_chunks(request, seconds, lambda: len(body.data))) as chunks:
             async for chunk in chunks:
-                if len(body) + len(chunk) > limit:
-                    raise TooLarge(f"the body is larger than the limit of {limit} bytes (--max-body-mb)")
-                budget.take(len(chunk))
-                body += chunk
-    except BaseException:  # a cancel above all: the caller gets no body to give back
-        budget.give(len(body))
-        raise
-    return body
+                size = len(body.data) + len(chunk)
+                if size > limit:
+                    raise too_large
+                if size > body.size:
+                    budget.take(body, size - body.size)
+                body.data += chunk
+        budget.take(body, len(body.data) - body.size)  # 0, unless its room went to others as its last byte came
+        yield body
+    finally:
+        budget.give(body)
 
 
 async def write_from(
@@ -166,9 +272,9 @@ async def write_from(
         raise
 
 
-def http_error(error: GpuByocError, headers: Mapping[str, str] | None = None) -> web.Response:
-    """The answer for a typed error."""
-    response = web.json_response(error.body(), status=error.status, headers=headers)
+def http_error(error: GpuByocError, state: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    """The answer for a typed error; ``state`` is the worker's."""
+    response = web.json_response(error.body() | {"current_state": state}, status=error.status, headers=headers)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, BodyTimeout):

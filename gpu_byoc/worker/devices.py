@@ -13,9 +13,11 @@ from gpu_byoc.config import ServeConfig
 from gpu_byoc.engine.engine import Engine
 from gpu_byoc.engine.fleet import Fleet
 from gpu_byoc.engine.host import HostBackend
-from gpu_byoc.errors import BackendUnavailable, PluginError
+from gpu_byoc.engine.proof import ORACLE, SHIPPED, prove, warm_up
+from gpu_byoc.errors import BackendUnavailable, PluginError, said_by
 from gpu_byoc.plugins import AUTO, load_backend
 from gpu_byoc.processor import FrameProcessor, Processor, processor_name
+from gpu_byoc.processors.green_tint import GreenTint
 from gpu_byoc.worker.jobs import STREAM
 
 log = logging.getLogger("gpu_byoc.worker")
@@ -48,13 +50,13 @@ async def _choose(config: ServeConfig, processors: list[Processor], degraded: li
     if isinstance(processors[0], FrameProcessor):
         return await _open(_host(config, processors[0]), config, processors)
     if config.backend != "auto":
-        fleet = await _open(load_backend(config.backend), config, processors)
+        fleet = await _open(load_backend(config.backend), config, processors, warm_up)
         log.info("backend %s on %s, as asked for", config.backend, _places(fleet))
         return fleet
     tried = []
     for name in AUTO:
         try:
-            fleet = await _open(load_backend(name), config, processors)
+            fleet = await _proven(name, config, processors)
         except BackendUnavailable as error:
             tried.append(f"{name}: {error}")
             continue
@@ -80,14 +82,47 @@ def _host(config: ServeConfig, processor: Processor) -> Callable[[], Backend]:
     return lambda: HostBackend(config.engine.processor_timeout or 0.0)
 
 
-async def _open(make: Callable[[], Backend], config: ServeConfig, processors: list[Processor]) -> Fleet:
+async def _proven(name: str, config: ServeConfig, processors: list[Processor]) -> Fleet:
+    """The backend ``name``, once it has done with a processor of ours what numpy does: with the one that is served, or
+    where that is somebody else's with green tint, on an engine of its own.
+
+    Raises:
+        BackendUnavailable: it cannot open, or what it did was wrong.
+    """
+    make = load_backend(name)
+    if name == ORACLE:
+        return await _open(make, config, processors)
+    ours = type(processors[0]) in SHIPPED
+    try:
+        fleet = await _open(make, config, processors if ours else [GreenTint() for _ in processors], prove)
+    except BackendUnavailable:
+        raise
+    except Exception as error:  # with a processor of ours, whatever goes wrong is the backend's doing
+        said = said_by(error).partition("\n")[0]  # CUDA's errors go on for lines
+        why = (
+            f"it fails the check at start ({type(error).__name__}: {said}): gpu-byoc verify --backend {name} says more"
+        )
+        log.warning("backend %s is passed over: %s", name, why)
+        raise BackendUnavailable(why) from error
+    if ours:
+        return fleet
+    await asyncio.to_thread(fleet.close, timeout=1.0)
+    return await _open(make, config, processors, warm_up)
+
+
+async def _open(
+    make: Callable[[], Backend],
+    config: ServeConfig,
+    processors: list[Processor],
+    first: Callable[[Backend, Processor], None] | None = None,
+) -> Fleet:
     backends = [make() for _ in config.devices]
     for backend, device in zip(backends, config.devices, strict=True):
         if reason := backend.available(device):
             raise BackendUnavailable(reason)
     fleet = Fleet(
         [
-            Engine(backend, processor, config.engine, device)
+            Engine(backend, processor, config.engine, device, first)
             for backend, processor, device in zip(backends, processors, config.devices, strict=True)
         ]
     )

@@ -66,11 +66,9 @@ class Health:
     def ready(self) -> bool:
         return self.state in ("IDLE", "OK") and not self._worker.draining
 
-    def answer(self, target: str) -> tuple[int, bytes] | None:
-        """For ``/health`` and ``/ready`` without a query; None for anything else."""
-        if target == "/health":
-            return self.health()
-        return self.routing() if target == "/ready" else None
+    def answer(self, target: str) -> tuple[int, bytes]:
+        """For ``/health`` and ``/ready``, which the door asks."""
+        return self.health() if target == "/health" else self.routing()
 
     def health(self) -> tuple[int, bytes]:
         """Exactly ``{"status": ...}``, as the network's own workers answer."""
@@ -105,6 +103,7 @@ class Health:
             "event_loop_late_seconds": self.lag,
             "draining": worker.draining,
             "connections": worker.door.inside if worker.door else None,
+            "doorman": {"pid": worker.door.doorman, "deaths": worker.door.deaths} if worker.door else None,
             "active_jobs": worker.active,
             "collected_bytes": worker.budget.used,
             "waiting_frames": engine.waiting if engine else 0,

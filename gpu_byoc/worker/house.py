@@ -166,16 +166,18 @@ class House:
             return ready
 
     def _ready(self) -> list[Item]:
-        """What is at the front of the line, up to the first frame that is being computed, if it is worth a trip."""
+        """What is at the front of the line, up to the first frame that is being computed. Sound behind the last frame
+        waits for the next one, unless it is worth a trip."""
         ready: list[Item] = []
-        worth = self._input_over
+        frames = 0  # up to the last of them
         for item in self._line:
             if isinstance(item, Ticket):
                 if item.outcome is None:
                     break
-                worth = True
+                frames = len(ready) + 1
             ready.append(item)
-        return ready if worth or len(ready) >= AUDIO_AT_ONCE else []
+        alone = len(ready) - frames
+        return ready if self._input_over or alone >= AUDIO_AT_ONCE else ready[:frames]
 
     def leave(self, ticket: Ticket) -> None:
         ticket.lease.release()

@@ -19,7 +19,7 @@ from gpu_byoc.errors import BadFrame, GpuByocError, Overloaded, TooLarge
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.media.audio import AudioPacket
 from gpu_byoc.media.decode import Frame, Reader, StreamEvent, VideoInfo
-from gpu_byoc.media.demux import Problem
+from gpu_byoc.media.demux import VIDEO, Problem
 from gpu_byoc.media.mpegts import CLOCK
 from gpu_byoc.media.planes import ToSlot
 from gpu_byoc.worker.house import House, Tell, Ticket, remaining
@@ -29,6 +29,9 @@ MAX_REORDER: Final = 64
 """Pictures whose arrival is remembered while the decoder holds them; H.264 holds back 16 at most."""
 
 NO_MEMORY_WAIT: Final = 0.05
+
+LOOK: Final = 0.1
+"""Seconds between two looks of a frame in the line at who holds the slots, and how long already."""
 
 
 OpenReader: TypeAlias = Callable[[Callable[[int], None]], Reader]
@@ -117,6 +120,9 @@ class Intake:
                 self._tell("format", event)
             elif isinstance(event, Problem):
                 self._tell("problem", event)
+            elif event.video is None:
+                why = "the input has no H.264 or HEVC video, and without one nothing comes out"
+                self._tell("problem", Problem("no_video", why, VIDEO))
 
     def _admit(self, frame: Frame, arrived: float) -> None:
         """A slot for the frame, its pixels into it, and off to the engine."""
@@ -164,13 +170,13 @@ class Intake:
                 self._tell("dropped", "late")
                 return None
             try:
-                lease = self._engine.lease(spec, 1, wait.told, patient=True, client=self._name)
+                lease = self._engine.lease(spec, 1, wait.told, patient=True, client=self)
             except Overloaded:  # there is no memory for this size now
                 wait.over.wait(NO_MEMORY_WAIT)
                 continue
             if lease.granted:
                 return lease
-            wait.over.wait(None if lease.held else remaining(deadline))
+            self._stand(lease, wait, None if lease.held else deadline)
             if wait.granted:
                 return lease
             lease.release()
@@ -180,6 +186,13 @@ class Intake:
                     raise wait.error
                 wait.over.clear()
                 wait.over.wait(NO_MEMORY_WAIT)
+
+    def _stand(self, lease: Lease, wait: _Wait, deadline: float | None) -> None:
+        """In the line, until it is over or the deadline has come."""
+        while (left := remaining(deadline)) != 0.0:
+            lease.reclaim()
+            if wait.over.wait(LOOK if left is None else min(left, LOOK)):
+                return
 
     def _wanted(self, pts: int, max_framerate: int | None) -> bool:
         """By PTS, against a steady beat: 30 fps under a limit of 24 keep four frames of five. A tenth of an interval of

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from email.message import Message
 from functools import lru_cache
@@ -20,10 +22,19 @@ from aiohttp import web
 
 from gpu_byoc.engine.device import Outcome
 from gpu_byoc.engine.engine import Lease
-from gpu_byoc.errors import BadFrame, BadRequest, GpuByocError, Overloaded, ProcessorTimeout, TooLarge, UnsupportedMedia
+from gpu_byoc.errors import (
+    BadFrame,
+    BadRequest,
+    GpuByocError,
+    Overloaded,
+    ProcessorError,
+    ProcessorTimeout,
+    TooLarge,
+    UnsupportedMedia,
+)
 from gpu_byoc.frames import MAX_SIDE, FrameSpec
 from gpu_byoc.processor import parse_params, pixel_format
-from gpu_byoc.worker.bodies import read_all, read_into, write_from
+from gpu_byoc.worker.bodies import Body, caller, collected, giving_way, read_into, write_from
 
 if TYPE_CHECKING:
     from gpu_byoc.worker.app import Worker
@@ -33,6 +44,9 @@ T = TypeVar("T")
 RAW = "application/octet-stream"
 IMAGES = ("image/jpeg", "image/png")
 JSON = "application/json"
+
+LOOK = 0.1
+"""Seconds between two looks of a job in the line at who holds the slots, and how long already."""
 
 STREAM = "jobs"
 """The name under which frame jobs are booked."""
@@ -77,7 +91,10 @@ async def handle(worker: Worker, request: web.Request) -> web.StreamResponse:
     if media == RAW and length is not None:
         response = await _raw(worker, request, parse_raw(worker, request.headers, fields, length), None)
     else:
-        response = await _collected(worker, request, media, fields)
+        found = await _collected(worker, request, media, fields)
+        if found is None:
+            return _keep_alive(worker)
+        response = found
     worker.metrics.latency.observe((time.monotonic() - began) * 1e3)
     return response
 
@@ -86,52 +103,69 @@ def _keep_alive(worker: Worker) -> web.Response:
     return web.Response(headers=headers(worker, Outcome(None), 0))
 
 
-async def _collected(worker: Worker, request: web.Request, media: str, fields: Mapping[str, str]) -> web.StreamResponse:
-    """What must be there as a whole before slots can be leased: images, JSON, raw bodies of unknown length."""
+async def _collected(
+    worker: Worker, request: web.Request, media: str, fields: Mapping[str, str]
+) -> web.StreamResponse | None:
+    """What must be there as a whole before slots can be leased: images, JSON, raw bodies of unknown length. None for an
+    empty one, which is no job."""
     if media not in (RAW, JSON, *IMAGES):
         raise UnsupportedMedia(f"Content-Type {media!r}; this worker takes {RAW}, {', '.join(IMAGES)} and {JSON}")
     config = worker.config
-    body = await read_all(request, config.max_body, config.body_timeout, worker.budget)
-    try:
-        if not body:
-            return _keep_alive(worker)
+    async with collected(request, config.max_body, config.body_timeout, worker.budget) as body:
+        if not body.size:
+            return None
         if media == RAW:
-            return await _raw(worker, request, parse_raw(worker, request.headers, fields, len(body)), body)
+            return await _raw(worker, request, parse_raw(worker, request.headers, fields, body.size), body)
         if media == JSON:
             return await _json(worker, request, body)
-        image, outcome = await _image(worker, request, body, media, parse_params(worker.processor, fields))
-        return await _answer(worker, request, image, media, outcome)
-    finally:
-        worker.budget.give(len(body))
+        image, outcome = await _image(worker, request, body.data, media, parse_params(worker.processor, fields))
+        return await _answer(worker, request, body, image, media, outcome)
 
 
 async def _answer(
-    worker: Worker, request: web.Request, body: bytes, media: str, outcome: Outcome
+    worker: Worker, request: web.Request, body: Body, answer: bytes, media: str, outcome: Outcome
 ) -> web.StreamResponse:
     response = web.StreamResponse(headers=headers(worker, outcome, 1))
     response.content_type = media
-    await write_from(request, response, [memoryview(body)], worker.config.body_timeout)
+    worker.budget.replace(body, len(answer))
+    await _write(worker, request, response, [memoryview(answer)], body.lent())
     return response
+
+
+async def _write(
+    worker: Worker,
+    request: web.Request,
+    response: web.StreamResponse,
+    views: Sequence[memoryview],
+    lent: AbstractAsyncContextManager[None],
+) -> None:
+    try:
+        async with lent:
+            await write_from(request, response, views, worker.config.body_timeout)
+    except Overloaded as error:  # half of the answer is out, and no other one can follow
+        raise ConnectionResetError("the client read slowly, and others waited for its room") from error
 
 
 # --- raw pixels
 
 
-async def _raw(worker: Worker, request: web.Request, job: Job, body: bytearray | None) -> web.StreamResponse:
+async def _raw(worker: Worker, request: web.Request, job: Job, body: Body | None) -> web.StreamResponse:
     lease = await _lease(worker, request, job)
     try:
         views = lease.views
         if body is None:
-            await read_into(request, views, worker.config.body_timeout)
+            async with _lent(worker, lease):
+                await read_into(request, views, worker.config.body_timeout)
         else:
             at = 0
             for view in views:
-                view[:] = memoryview(body)[at : at + view.nbytes]
+                view[:] = memoryview(body.data)[at : at + view.nbytes]
                 at += view.nbytes
+            worker.budget.replace(body, 0)
         outcome = await _run(worker, lease, job)
         response = web.StreamResponse(headers=headers(worker, outcome, job.frames))
         response.content_type = RAW
-        await write_from(request, response, views, worker.config.body_timeout)
+        await _write(worker, request, response, views, _lent(worker, lease))
     finally:
         lease.release()
     return response
@@ -201,9 +235,9 @@ async def _image(
         lease.release()
 
 
-async def _json(worker: Worker, request: web.Request, text: bytearray) -> web.StreamResponse:
+async def _json(worker: Worker, request: web.Request, body: Body) -> web.StreamResponse:
     """``{"image": base64 or data URL, "params": {...}}``, answered with the same two spellings."""
-    data, given, is_url = await _in_thread(lambda: parse_json(text))
+    data, given, is_url = await _in_thread(lambda: parse_json(body.data))
     media = _sniff(data)
     image, outcome = await _image(worker, request, data, media, parse_params(worker.processor, given))
 
@@ -216,7 +250,7 @@ async def _json(worker: Worker, request: web.Request, text: bytearray) -> web.St
         }
         return json.dumps(answer).encode()
 
-    return await _answer(worker, request, await _in_thread(write), JSON, outcome)
+    return await _answer(worker, request, body, await _in_thread(write), JSON, outcome)
 
 
 def parse_json(text: bytes | bytearray) -> tuple[bytes, dict[str, Any], bool]:
@@ -249,11 +283,7 @@ def _sniff(data: bytes) -> str:
 
 
 async def _lease(worker: Worker, request: web.Request, job: Job) -> Lease:
-    """Slots for the job, or ``Overloaded`` after ``slot_wait`` seconds in the line.
-
-    In the line a client is its address: a header could be made up. So whoever comes through one orchestrator is one
-    client here, and who gets how much among them is the orchestrator's to say.
-    """
+    """Slots for the job, or ``Overloaded`` after ``slot_wait`` seconds in the line."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
@@ -268,14 +298,17 @@ async def _lease(worker: Worker, request: web.Request, job: Job) -> Lease:
     def tell(error: GpuByocError | None) -> None:
         loop.call_soon_threadsafe(settle, error)
 
-    lease = worker.ready_engine().lease(job.spec, job.frames, tell, client=request.remote)
+    lease = worker.ready_engine().lease(job.spec, job.frames, tell, client=caller(request))
     if lease.granted:
         return lease
     # Slots of a new frame size are ours at once, but their memory may still have to be made and even pinned.
     patience = worker.config.job_timeout if lease.held else worker.config.slot_wait
     try:
         async with asyncio.timeout(patience):
-            await ready
+            while not ready.done():
+                lease.reclaim()
+                await asyncio.wait([ready], timeout=LOOK)
+            ready.result()
     except TimeoutError:
         lease.release()
         raise worker.ready_engine().refuse(f"no slot became free within {patience:g} s; try again later") from None
@@ -285,7 +318,26 @@ async def _lease(worker: Worker, request: web.Request, job: Job) -> Lease:
     except BaseException:  # a cancel above all: the place in the line goes back
         lease.release()
         raise
+    finally:
+        if not ready.cancel():  # what is told later is told to nobody
+            ready.exception()  # read, also where a cancel came first
     return lease
+
+
+@contextlib.asynccontextmanager
+async def _lent(worker: Worker, lease: Lease) -> AsyncIterator[None]:
+    """While the caller sends its frames or reads its answer. Raises Overloaded where that is slow and others, who have
+    fewer slots, wait for them."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with giving_way() as cut:
+            lease.lend(lambda: loop.call_soon_threadsafe(cut))
+            try:
+                yield
+            finally:
+                lease.keep()
+    except Overloaded as error:
+        raise worker.ready_engine().refuse(str(error)) from None
 
 
 async def _run(worker: Worker, lease: Lease, job: Job) -> Outcome:
@@ -301,13 +353,16 @@ async def _run(worker: Worker, lease: Lease, job: Job) -> Outcome:
         loop.call_soon_threadsafe(settle, outcome)
 
     # Jobs have no order among themselves, but those that can share a batch stand in one line.
-    lease.submit(STREAM, job.params, done, order=(STREAM, job.spec, job.params))
+    alone = worker.suspects.alone(lease.client, time.monotonic())
+    order = (STREAM, lease.client if alone else "", job.spec, job.params)
+    lease.submit(STREAM, job.params, done, order=order, alone=alone)
     seconds = worker.config.job_timeout
     try:
         async with asyncio.timeout(seconds):
             outcome = await finished
     except TimeoutError:
         raise ProcessorTimeout(f"no result within {seconds:g} s (--job-timeout)") from None
+    worker.suspects.ran(lease.client, isinstance(outcome.error, ProcessorError), time.monotonic())
     if outcome.error is not None:
         raise outcome.error
     if worker.tracing is not None:

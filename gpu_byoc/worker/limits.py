@@ -97,6 +97,7 @@ def bounds(config: ServeConfig) -> dict[str, float]:
         "max-pixel-rate": security.max_pixel_rate,
         "max-input-mbit": security.max_input_mbit,
         "max-stream-seconds": security.max_stream_seconds,
+        "max-update-rate": security.max_update_rate,
         "drain-seconds": config.drain_seconds,
     }
 
@@ -111,6 +112,10 @@ def limit_metrics(worker: Worker) -> Iterator[Metric]:
     yield GaugeMetricFamily("byoc_ready", "1: what comes now is taken, as /ready says", worker.health.ready)
     yield GaugeMetricFamily("byoc_event_loop_late_seconds", "How late the event loop is", worker.health.lag)
     yield GaugeMetricFamily("byoc_collected_bytes", "Bodies that are read as a whole", worker.budget.used)
+    text = "Bodies, and answers in their place, that were slow to come or to go, and made room for others"
+    yield CounterMetricFamily("byoc_collected_reclaimed", text, worker.budget.reclaimed)
+    text = "Clients at too many of whose jobs the processor failed, so that their jobs run alone for a while"
+    yield CounterMetricFamily("byoc_clients_set_apart", text, worker.suspects.found)
     if (door := worker.door) is not None:
         connections = GaugeMetricFamily(
             "byoc_connections", "Open connections; at the door: have not said what they want", labels=["where"]
@@ -118,4 +123,5 @@ def limit_metrics(worker: Worker) -> Iterator[Metric]:
         connections.add_metric(["inside"], door.inside)
         connections.add_metric(["door"], door.waiting)
         yield connections
-        yield CounterMetricFamily("byoc_connections_refused", "Connections over --max-connections", door.refused)
+        text = "Connections over --max-connections, or over half of it from one address"
+        yield CounterMetricFamily("byoc_connections_refused", text, door.refused)

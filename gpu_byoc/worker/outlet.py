@@ -41,6 +41,7 @@ class Outlet:
         self._inside: deque[float] = deque()  # when the frames came that are inside
         self._opus: OpusTranscoder | None = None
         self._kept: list[Piece] = []
+        self._unheard = 0  # audio packets that the segmenter dropped, and that was told
 
     @property
     def inside(self) -> int:
@@ -64,9 +65,9 @@ class Outlet:
         if self._sink is None:
             return
         if self._opus is not None and self._opus.source != packet.track:
-            self._flush_audio()
+            self._flush_audio(packet.pts)
         if packet.track.copies:
-            self._kept += self._segmenter.audio(packet)
+            self._sounds([packet])
             return
         if self._opus is None:
             self._opus = OpusTranscoder(packet.track)
@@ -90,6 +91,7 @@ class Outlet:
         self._flush_audio()
         self._flush_video()
         self._kept += self._segmenter.finish()
+        self._count_unheard()
         self.send()
 
     def close(self) -> None:
@@ -113,10 +115,16 @@ class Outlet:
     def _sounds(self, packets: Iterable[AudioPacket]) -> None:
         for packet in packets:
             self._kept += self._segmenter.audio(packet)
+        self._count_unheard()
 
-    def _flush_audio(self) -> None:
+    def _count_unheard(self) -> None:
+        while self._unheard < self._segmenter.unheard:
+            self._unheard += 1
+            self._tell("dropped", "audio_early")
+
+    def _flush_audio(self, before: int | None = None) -> None:
         if self._opus is not None:
-            self._sounds(self._opus.flush())
+            self._sounds(self._opus.flush(before))
             self._opus = None
 
     def _flush_video(self) -> None:

@@ -13,6 +13,8 @@ import json
 import logging
 import random
 import secrets
+import socket
+import struct
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -23,6 +25,7 @@ from gpu_byoc.config import ServeConfig
 from gpu_byoc.core.registration import Registrar, State
 from gpu_byoc.errors import GpuByocError, NotReady, OrchestratorUnreachable, RegistrationRefused, Unauthorized
 from gpu_byoc.transport.tls import tls
+from gpu_byoc.worker.drain import ended
 
 log = logging.getLogger("gpu_byoc.registration")
 
@@ -51,9 +54,10 @@ class Registration:
         self._tls = tls(config.insecure, config.security.ca_file)
         self._core = Registrar(time.monotonic(), self._settings.seconds, random.random, _new_token)
         self._error = ""
+        self._broken = False  # by a bug: nothing is repeated any more
         self._leaving = asyncio.Event()
-        self._idle = asyncio.Event()  # no attempt is under way
-        self._idle.set()
+        self._under_way: asyncio.Task[None] | None = None  # the last attempt
+        self._sockets: list[socket.socket] = []  # of the last call
 
     # --- what the rest of the worker asks
 
@@ -65,20 +69,23 @@ class Registration:
                 that was here before. An orchestrator would take a 401 as a reason to drop us.
             Unauthorized: the token is wrong, or there is none.
         """
-        scheme, _, token = headers.get("Authorization", "").partition(" ")
-        now = time.monotonic()
-        if scheme.lower() == "bearer" and self._core.allows(token.strip(), now):
+        if self.knows(headers):
             return
-        if not self._core.strict(now):
+        if not self._core.strict(time.monotonic()):
             raise NotReady(
                 f"this worker takes calls from {self._settings.orch_url}, with the token of a registration that is "
                 "still to come or only just made"
             )
         raise Unauthorized("this worker takes calls only from the orchestrator it is registered with, by its token")
 
+    def knows(self, headers: Mapping[str, str]) -> bool:
+        """Whether a call shows a token that is good now."""
+        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and self._core.allows(token.strip(), time.monotonic())
+
     @property
     def registered(self) -> bool:
-        return self._core.state is State.REGISTERED
+        return self._core.state is State.REGISTERED and not self._broken
 
     @property
     def age(self) -> float | None:
@@ -89,7 +96,7 @@ class Registration:
     def report(self) -> dict[str, Any]:
         """For the status. No token, no secret."""
         return {
-            "state": self._core.state.value,
+            "state": "broken" if self._broken else self._core.state.value,
             "orchestrator": self._settings.orch_url,
             "capability": self._name,
             "url": self._url,
@@ -101,7 +108,14 @@ class Registration:
     # --- the loop
 
     async def run(self) -> None:
-        """Register whenever it is due. Returns after ``leave``."""
+        """Register whenever it is due. Returns after ``leave``. Raises what is a bug of ours."""
+        try:
+            await self._run()
+        except Exception:  # the worker goes on; it is forgotten by the orchestrator sooner or later
+            self._broken, self._error = True, "internal error; see the worker's log"
+            raise
+
+    async def _run(self) -> None:
         while (due := self._core.due) is not None:
             try:
                 async with asyncio.timeout(due - time.monotonic()):
@@ -109,19 +123,28 @@ class Registration:
             except TimeoutError:
                 pass
             if self._core.due is not None:
-                await self._attempt()
+                self._under_way = asyncio.create_task(self._attempt())
+                try:
+                    await asyncio.wait([self._under_way])
+                finally:
+                    await ended(self._under_way)
+                if not self._under_way.cancelled():
+                    self._under_way.result()
 
     async def leave(self) -> None:
-        """Ask the orchestrator to forget us, and let in what it had sent before. Takes LEAVE_SECONDS at most."""
+        """Ask the orchestrator to forget us, and let in what it had sent before. Takes LEAVE_SECONDS at most.
+
+        Nothing that would make us known again is sent after that. A registration that has reached the orchestrator, and
+        that it answers later than we wait, is the one thing that may still come to be; the first call that is refused
+        then ends it.
+        """
         self._core.leave()
         self._leaving.set()
         if not self._core.sent:
             return
         try:
             async with asyncio.timeout(LEAVE_SECONDS - SETTLE_SECONDS):
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LEAVE_SECONDS / 3):
-                        await self._idle.wait()  # an attempt that is still under way could arrive after this
+                await self._last_attempt()
                 await self._post("unregister", self._name.encode(), {"X-Capability-Url": self._url})
         except (GpuByocError, TimeoutError) as error:
             why = str(error) or "no answer in time"
@@ -130,8 +153,19 @@ class Registration:
         log.info("unregistered from %s: %s", self._settings.orch_url, self._name)
         await asyncio.sleep(SETTLE_SECONDS)
 
+    async def _last_attempt(self) -> None:
+        """Wait for the one that is under way, and then cut it off, with what the kernel has not delivered of it: still
+        connecting, or sent again and again, it could arrive after the end."""
+        if self._under_way is None:
+            return
+        await asyncio.wait([self._under_way], timeout=LEAVE_SECONDS / 3)
+        if not self._under_way.done():
+            for sock in self._sockets:
+                with contextlib.suppress(OSError):  # it is closed
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await ended(self._under_way)
+
     async def _attempt(self) -> None:
-        self._idle.clear()
         try:
             await self._post("register", self._body(self._core.attempt()), {"Content-Type": "application/json"})
         except GpuByocError as error:
@@ -143,8 +177,6 @@ class Registration:
             if self._core.accepted(time.monotonic()):
                 place = (self._settings.orch_url, self._name, self._url, self._capacity)
                 log.info("registered with %s: %s at %s, capacity %d", *place)
-        finally:
-            self._idle.set()
 
     def _body(self, token: str) -> bytes:
         fields = {
@@ -162,7 +194,8 @@ class Registration:
     async def _post(self, what: str, data: bytes, headers: Mapping[str, str]) -> None:
         """One call, on a connection of its own. Raises OrchestratorUnreachable or RegistrationRefused."""
         url = f"{self._settings.orch_url.rstrip('/')}/capability/{what}"
-        connector = aiohttp.TCPConnector(ssl=self._tls, force_close=True)
+        self._sockets.clear()
+        connector = aiohttp.TCPConnector(ssl=self._tls, force_close=True, socket_factory=self._socket)
         timeout = aiohttp.ClientTimeout(total=ATTEMPT_SECONDS)
         try:
             async with (
@@ -183,6 +216,11 @@ class Registration:
             raise OrchestratorUnreachable(f"cannot reach the orchestrator at {url}: {why}") from error
         if status != 200:
             raise RegistrationRefused(f"{url} answered {status}: {self._harmless(text)}{_hint(status, text)}")
+
+    def _socket(self, address: tuple[Any, ...]) -> socket.socket:
+        family, kind, protocol, _, _ = address
+        self._sockets.append(socket.socket(family, kind, protocol))
+        return self._sockets[-1]
 
     def _harmless(self, text: str) -> str:
         """What an orchestrator says, fit for a log: it may repeat what we sent."""

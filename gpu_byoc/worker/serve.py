@@ -111,7 +111,8 @@ async def run(config: ServeConfig, processor: Processor) -> int:
         if config.registration is not None:
             worker.registration = Registration(config, port_of(sock))
         lost = partial(stop.now, EXIT_DEVICE_LOST)
-        worker.door = Door(worker.app(), sock, worker.health.answer, config.max_connections, 1.0, lost)
+        alone = worker.degraded.append
+        worker.door = Door(worker.app(), sock, worker.health.answer, config.max_connections, 1.0, lost, alone)
         await worker.door.start()
         stack.push_async_callback(worker.door.close)
         if config.admin_port is not None:

@@ -30,6 +30,7 @@ from gpu_byoc.errors import (
     SegmentFailed,
     StreamQuarantined,
     TooLarge,
+    UnsupportedMedia,
 )
 from gpu_byoc.media.decode import StreamReader
 from gpu_byoc.media.demux import Limits
@@ -56,6 +57,9 @@ SINK_BYTES = 8 << 20
 """Output that may wait for the publisher; beyond it encoding waits, then slots run out and frames are dropped."""
 
 MESSAGE_BYTES = 32 * 1024
+MESSAGE_LINES = 40
+"""Lines of one control message that are read: by default two seconds' worth."""
+
 SEGMENT_COST = 16 << 10
 """Bytes that a segment counts for beside its own: an empty one is a request all the same."""
 HEARTBEAT = 1.0
@@ -67,6 +71,13 @@ CLOSE_SECONDS = 1.0
 """How long a trickle server may take to close a channel when the worker ends."""
 
 PATIENCE = Backoff(attempts=8)
+
+_TOLD: Mapping[str, type[GpuByocError]] = {
+    "decoder": DecoderFailed,
+    "no_video": UnsupportedMedia,
+    "too_large": TooLarge,
+}
+"""Problems of the input that are events: the others are only counted. All but ``decoder`` once a stream."""
 
 
 class _Ended(Exception):
@@ -96,6 +107,7 @@ class LiveStream:
         self._connect = connect
         self._security = security = worker.config.security
         self._pace = Pace(security.max_input_mbit * 1e6 / 8, time.monotonic())
+        self._control_pace = Pace(security.max_update_rate, time.monotonic())
         self._fleet = worker.ready_engine()
         check_size(self._fleet, params, security.max_stream_pixels)
         self._loop = asyncio.get_running_loop()
@@ -155,6 +167,13 @@ class LiveStream:
             self._said_stopped = True
             self._news.tell("stream_stopped", reason=reason)
         self._stopping.set()
+
+    def affords_update(self) -> bool:
+        """Whether one more may come by HTTP: at the pace of its control channel, both together."""
+        if self._control_pace.affords(1, time.monotonic()):
+            return True
+        self._problem("control_rate")
+        return False
 
     def update(self, given: Mapping[str, Any]) -> StreamParams:
         """New parameters from the next frame on. Raises BadParams, and then the old ones stay."""
@@ -325,20 +344,27 @@ class LiveStream:
         return data
 
     async def _message(self, data: bytes) -> None:
-        for line in data.splitlines() or []:
-            if not line.strip():
-                continue
-            try:
-                message = json.loads(line)
-                if message == {"keep": "alive"}:
-                    continue
-                if not isinstance(message, dict):
-                    raise BadParams("params", "expected an object")
-                self.update(message)
-            except (ValueError, RecursionError) as error:
-                self._refused(BadParams("control", f"not JSON: {error}"))
-            except BadParams as error:
-                self._refused(error)
+        lines = [line for line in data.splitlines() if line.strip()]
+        for line in lines[:MESSAGE_LINES]:
+            self._line(line)
+        if len(lines) > MESSAGE_LINES:
+            self._refused(BadParams("control", f"{len(lines)} lines in a message; only {MESSAGE_LINES} were read"))
+        if wait := self._control_pace.wait(max(1, min(len(lines), MESSAGE_LINES)), time.monotonic()):
+            self._problem("control_rate")
+            await asyncio.sleep(wait)
+
+    def _line(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+            if message == {"keep": "alive"}:
+                return
+            if not isinstance(message, dict):
+                raise BadParams("params", "expected an object")
+            self.update(message)
+        except (ValueError, RecursionError) as error:
+            self._refused(BadParams("control", f"not JSON: {error}"))
+        except BadParams as error:
+            self._refused(error)
 
     def _refused(self, error: BadParams) -> None:
         self._problem("params")
@@ -418,8 +444,8 @@ class LiveStream:
                 session.problems[detail] += 1
             elif what == "problem":
                 session.problems[detail.reason] += 1
-                first = detail.reason == "too_large" and session.problems["too_large"] == 1
-                news = first or detail.reason == "decoder"
+                first = session.problems[detail.reason] == 1
+                news = detail.reason == "decoder" or (first and detail.reason in _TOLD)
             elif what == "failed_frame":
                 session.dropped[detail.code] += 1
                 news = session.dropped[detail.code] == 1 or not isinstance(detail, ProcessorError)
@@ -429,6 +455,8 @@ class LiveStream:
                 news = what == "finished"
         if what == "out":
             self._worker.metrics.latency.observe(detail * 1e3)
+        elif what == "failed_frame":
+            self._worker.metrics.errors.labels(detail.code).inc()
         if news:
             self._loop.call_soon_threadsafe(self._note, what, detail)
 
@@ -442,14 +470,14 @@ class LiveStream:
         elif what == "dropped":
             self._over(f"more than the {self._security.max_pixel_rate} pixels a second of --max-pixel-rate: dropped")
         elif what == "problem":
-            self._over(detail.detail, DecoderFailed if detail.reason == "decoder" else TooLarge)
+            self._over(detail.detail, _TOLD[detail.reason])
         elif not self._finished.done():
             if detail is not None:
                 self._fail(detail)
             self._finished.set_result(detail)
 
     def _over(self, text: str, kind: type[GpuByocError] = TooLarge) -> None:
-        """It sends more than it may, or what broke the decoder. The first time it is told and counted; it goes on."""
+        """It sends more than it may, or what nothing can be made of. It is told and counted; it goes on."""
         error = kind(text)
         log.warning("stream %s: %s", self.name, error)
         self._worker.metrics.errors.labels(error.code).inc()
@@ -460,6 +488,7 @@ class LiveStream:
         known = error if isinstance(error, GpuByocError) else GpuByocError("internal error; see the worker's log")
         if self.session.happen("failed", str(known)):
             log.error("stream %s failed: %s", self.name, error if known is error else traceback_of(error))
+            self._worker.metrics.errors.labels(known.code).inc()
             self._news.tell("error", **known.body())
             if isinstance(known, StreamQuarantined):
                 self._worker.metrics.quarantined.labels(known.reason).inc()

@@ -19,6 +19,7 @@ import aiohttp
 from gpu_byoc.core.cursor import Backoff
 from gpu_byoc.errors import ChannelClosed, ChannelFailed, ChannelMissing, GpuByocError, SegmentFailed
 from gpu_byoc.transport.trickle_client import Publisher
+from gpu_byoc.worker.drain import ended
 from gpu_byoc.worker.streamparams import Urls
 
 log = logging.getLogger("gpu_byoc.stream")
@@ -26,6 +27,9 @@ log = logging.getLogger("gpu_byoc.stream")
 KEPT: Final = 256
 PAUSE: Final = 1.0
 """Seconds before a broken channel is tried again."""
+
+MOMENT: Final = 0.25
+"""Seconds that an event which is on its way has when the stream ends: a round trip to far away. Chosen."""
 
 LAST_SECONDS: Final = 2.0
 """How long the last words may take."""
@@ -111,27 +115,45 @@ class News:
         """What happened first, then how it goes. What could not be sent is kept."""
         self._has_events.clear()
         while self._events:
-            event = self._events.popleft()
-            try:
-                await publisher.send(json.dumps(event).encode())
-            except GpuByocError:
-                self._events.appendleft(event)
-                self._has_events.set()
-                raise
+            await self._send_event(publisher, self._events.popleft())
         pulse, self._pulse = self._pulse, None
         if pulse is not None:
             await publisher.send(json.dumps(pulse).encode())
+
+    async def _send_event(self, publisher: Publisher, event: dict[str, Any]) -> None:
+        def keep() -> None:
+            self._events = deque([event, *self._events], KEPT)
+            self._has_events.set()
+
+        await _send(publisher, json.dumps(event).encode(), keep)
 
     async def _send_lines(self, publisher: Publisher) -> None:
         """All in one segment. What could not be sent is kept, as far as there is room beside what came since."""
         self._has_lines.clear()
         lines = list(self._lines)
         self._lines.clear()
-        if not lines:
-            return
-        try:
-            await publisher.send(b"".join(lines))
-        except GpuByocError:
+
+        def keep() -> None:
             self._lines = deque([*lines, *self._lines], KEPT)
             self._has_lines.set()
-            raise
+
+        if lines:
+            await _send(publisher, b"".join(lines), keep)
+
+
+async def _send(publisher: Publisher, data: bytes, keep: Callable[[], None]) -> None:
+    """A segment; ``keep`` is called where it has not got through. What is kept is sent again, so that a cancel gives
+    what is on its way a moment: where it has got through, that is known then."""
+    sending = asyncio.create_task(publisher.send(data))
+    try:
+        await asyncio.wait([sending])
+    except asyncio.CancelledError:
+        await asyncio.wait([sending], timeout=MOMENT)
+        raise
+    finally:
+        try:
+            await ended(sending)
+        finally:
+            if not sending.done() or sending.cancelled() or sending.exception() is not None:
+                keep()
+    sending.result()

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from gpu_byoc.core.meter import SECOND, Usage
-from gpu_byoc.errors import AllBusy, BadParams, BadRequest, Draining, GpuByocError, OriginRefused
+from gpu_byoc.core.meter import ENDED, SECOND, Usage
+from gpu_byoc.errors import AllBusy, BadParams, BadRequest, Draining, GpuByocError, OriginRefused, Overloaded
 from gpu_byoc.logs import about
 from gpu_byoc.transport.origins import Gatekeeper, Pins
 from gpu_byoc.transport.tls import tls
-from gpu_byoc.worker.bodies import read_all
+from gpu_byoc.worker.bodies import collected
+from gpu_byoc.worker.jobs import STREAM as JOBS
 from gpu_byoc.worker.streamparams import StreamParams, Urls, as_urls, given_urls, origin_policy, parse_stream_params
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ class Streams:
                 app.router.add_post(f"{prefix}/{name}", self.update)
         app.router.add_post("/live-video-to-video", self.start)
 
-    def one(self, name: str) -> dict[str, Any]:
-        """The numbers of one stream. Raises BadRequest."""
+    def one(self, name: str | None) -> dict[str, Any] | None:
+        """The numbers of one stream, without a name those of the only one there is. Raises BadRequest."""
+        if not name:
+            return next(iter(self._streams.values())).numbers() if len(self._streams) == 1 else None
         if name not in self._streams:
             raise BadRequest(f"no stream {name!r} is running")
         return self._streams[name].numbers()
@@ -78,8 +81,8 @@ class Streams:
         urls, pins = await self._admit(name, given_urls(body), request.remote)
         try:
             params = parse_stream_params(worker.processor, body.get("params"))
-        except BadParams as error:  # the network's own workers answer 400 here
-            return web.json_response(error.body(), status=400)
+        except BadParams as error:
+            return self._bad(error)
         async with self._choosing:
             if self.encoder is None:  # media code is loaded with the first stream: a worker of jobs never needs it
                 self.encoder = await asyncio.to_thread(_choose_encoder, worker.config.encoder)
@@ -87,7 +90,7 @@ class Streams:
         try:
             stream = self._make(name, urls, pins, params, self.encoder.name)
         except BadParams as error:
-            return web.json_response(error.body(), status=400)
+            return self._bad(error)
         task = asyncio.create_task(self._run(stream, request.headers))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -107,6 +110,8 @@ class Streams:
         body = await self._json(request, MAX_UPDATE)
         name = body.pop("gateway_request_id", None)
         stream = self._find(request, {"gateway_request_id": name}, "update")
+        if not stream.affords_update():
+            raise Overloaded("more updates a second than --max-update-rate: nothing has changed; try again")
         stream.update(body)
         return self._success("Parameters updated successfully")
 
@@ -177,13 +182,17 @@ class Streams:
     def _success(self, message: str, **more: str) -> web.Response:
         return web.json_response({"status": "success", "message": message, **more, "current_state": self._worker.state})
 
+    def _bad(self, error: BadParams) -> web.Response:
+        """For a start, where the network's own workers answer 400."""
+        return web.json_response(error.body() | {"current_state": self._worker.state}, status=400)
+
     async def _json(self, request: web.Request, most: int = MAX_MESSAGE) -> dict[str, Any]:
         if not request.content_type.startswith("application/json"):
             raise BadRequest(f"Content-Type {request.content_type!r}; expected application/json")
-        text = await read_all(request, most, self._worker.config.body_timeout, self._worker.budget)
-        self._worker.budget.give(len(text))
+        async with collected(request, most, self._worker.config.body_timeout, self._worker.budget) as text:
+            pass
         try:
-            body = json.loads(text)
+            body = json.loads(text.data)
         except (ValueError, RecursionError) as error:
             raise BadRequest(f"the body is not JSON: {error}") from error
         if not isinstance(body, dict):
@@ -199,7 +208,7 @@ class Streams:
 
     def _find(self, request: web.Request, body: Mapping[str, Any], what: str) -> LiveStream:
         """By header, by body, or the only one there is."""
-        name = request.headers.get("X-Stream-Id") or body.get("gateway_request_id")
+        name = addressed(request, body)
         if isinstance(name, str) and name:
             if name not in self._streams:
                 raise BadRequest(f"No active stream to {what}: no stream {name!r} is running")
@@ -218,10 +227,17 @@ def _choose_encoder(wanted: str) -> EncoderChoice:
     return choose_encoder(wanted)
 
 
+def addressed(request: web.Request, given: Mapping[str, Any]) -> Any:
+    """The stream that a call says it is about, as it says it; None where it does not."""
+    return request.headers.get("X-Stream-Id") or given.get("gateway_request_id")
+
+
 def _name(request: web.Request, body: Mapping[str, Any]) -> str:
-    name = request.headers.get("X-Stream-Id") or body.get("gateway_request_id")
+    name = addressed(request, body)
     if name is None:
         return uuid.uuid4().hex[:8]
     if not isinstance(name, str) or not name.strip() or len(name) > 200 or not name.isprintable():
         raise BadRequest("gateway_request_id is to be a text of 1 to 200 printable characters")
+    if name in (JOBS, ENDED):
+        raise BadRequest(f"gateway_request_id {name!r} is what the books call other work; choose another")
     return name

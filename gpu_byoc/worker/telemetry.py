@@ -54,12 +54,18 @@ def compute_report(worker: Worker) -> dict[str, Any]:
 
 
 def status(worker: Worker, stream: str | None = None) -> dict[str, Any]:
-    """The status object: the keys the network's own workers answer with, then ours. With ``stream`` also that one's.
+    """The status object: the keys the network's own workers answer with, then ours. ``stream``, ``fps`` and
+    ``current_params`` are of that stream, or of the only one there is.
 
     Raises:
         BadRequest: no such stream is running.
     """
-    one = {} if stream is None else {"stream": worker.streams.one(stream)}
+    found = worker.streams.one(stream)
+    one = (
+        {}
+        if found is None
+        else {"stream": found, "fps": found["fps"], "current_params": {"gateway_request_id": found["stream_id"]}}
+    )
     state = worker.state
     error = worker.engine.fatal if worker.engine else None
     rows, totals, device = worker.engine.usage() if worker.engine else ([], {}, Usage())
@@ -196,7 +202,7 @@ class StreamSums:
     def __init__(self) -> None:
         self._ended: dict[str, Counter[str]] = {
             "streams": Counter(ended=0, failed=0),
-            "frames": Counter(),
+            "frames": Counter({"in": 0, "out": 0}),  # a rate needs to see them rise from 0
             "dropped": Counter(),
             "problems": Counter(),
         }

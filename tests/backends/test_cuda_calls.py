@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -151,3 +153,47 @@ def test_torch_memory_that_stays_pinned_ends_the_process(torch_backend: tuple[An
     driver.status = 0
     for memory in list(_cuda._registered.values()):
         unpin(memory, driver)
+
+
+# --- calls that only a GPU answers: they are there, and take what they are given
+
+
+@pytest.mark.needs_torch
+def test_this_torch_has_what_the_backend_calls_on_a_gpu() -> None:
+    import torch
+
+    cuda, cls = torch.cuda, object()
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        (cuda.Stream.__new__, (cls, torch.device("cuda:0")), {"priority": -1}),
+        (cuda.Stream.wait_event, (cls, "event"), {}),
+        (cuda.Event.__new__, (cls,), {"enable_timing": True, "blocking": True}),
+        (cuda.Event.record, (cls, "stream"), {}),
+        (cuda.Event.elapsed_time, (cls, "event"), {}),
+        (cuda.ExternalStream.__new__, (cls, 1), {"device": torch.device("cuda:0")}),
+        (cuda.mem_get_info, (torch.device("cuda:0"),), {}),
+        (cuda.get_device_properties, (torch.device("cuda:0"),), {}),
+        (cuda.get_device_name, (torch.device("cuda:0"),), {}),
+        (cuda.set_device, (torch.device("cuda:0"),), {}),
+        (cuda.stream, ("stream",), {}),
+        (cuda.empty_cache, (), {}),
+    ]
+    for call, args, named in calls:
+        inspect.signature(call).bind(*args, **named)
+    assert issubclass(torch.OutOfMemoryError, RuntimeError)
+
+
+def test_this_cupy_has_what_the_backend_calls_on_a_gpu() -> None:
+    if importlib.util.find_spec("cupy") is None:
+        pytest.skip("cupy is not installed (pip install cupy-cuda12x)")
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    inspect.signature(cupy.cuda.Stream).bind(non_blocking=True, priority=-1)
+    inspect.signature(cupy.cuda.Event).bind(block=True)
+    inspect.signature(cupy.cuda.PinnedMemory).bind(4096)
+    for call, count in [(runtime.memcpyAsync, 5), (runtime.memsetAsync, 4), (runtime.memGetInfo, 0)]:
+        arguments = call.__doc__.partition("(")[2].partition(")")[0]  # Cython writes the signature there
+        assert len([each for each in arguments.split(",") if each]) == count, call.__doc__
+    assert {runtime.memcpyHostToDevice, runtime.memcpyDeviceToHost} == {1, 2}
+    assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
+    assert callable(cupy.get_default_memory_pool().free_all_blocks)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_byoc.checks.rig import Job, Subject, noise, rig, same
+from gpu_byoc.checks.rig import Job, Subject, rig
+from gpu_byoc.engine.proof import noise, same
 from gpu_byoc.plugins import load_backend
 from gpu_byoc.processor import ArrayProcessor, NoParams
 

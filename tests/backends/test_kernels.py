@@ -23,6 +23,10 @@ def test_it_compiles_to_machine_code_without_a_gpu(arch: str) -> None:
         pytest.skip("cupy is not installed (pip install cupy-cuda12x)")
     from cupy.cuda import nvrtc
 
+    try:
+        nvrtc.getVersion()
+    except RuntimeError as error:
+        skip_or_fail("GPU_BYOC_REQUIRE_CUDA", f"cupy finds no NVRTC ({error})")
     program = nvrtc.createProgram(SOURCE, "green_tint.cu", (), ())
     try:
         nvrtc.compileProgram(program, (f"-arch={arch}", "--std=c++17"))

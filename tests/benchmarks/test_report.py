@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from benchmarks import page, plots, readme, tables
@@ -77,7 +80,8 @@ def test_the_page_holds_every_row_and_fetches_nothing(pictures: dict[str, list[s
             assert each["name"] in whole
             assert each.get("skipped", "") in whole
             assert each.get("failed", "") in whole
-    assert found.fetched == []
+    assert found.fetched == [f"#{name}" for name in told["groups"]]  # places in the page itself
+    assert all(f'id="{name}"' in text for name in told["groups"])
     assert not re.search(r"url\((?!#)|@import|https?://", text)
     assert "matplotlib is not installed" in whole or pictures is not None
     assert "prefers-color-scheme: dark" in text
@@ -107,6 +111,44 @@ def test_rows_of_another_kind_stand_in_a_table_of_their_own() -> None:
     first, second = tables.figures_of([paced[0], row("how many", answer="2 streams", streams_that_fit=2), paced[1]])
     assert [line[0] for line in first.cells] == ["1", "2"]
     assert second.heads == ["", "answer", "streams that fit", "spread"]
+
+
+def test_counts_that_the_name_says_and_what_only_the_file_has_have_no_column() -> None:
+    rows = [row(f"worker, {n} connections", connections=n, jobs=720, refused=0, p50_us=200.0) for n in (4, 16)]
+    (table,) = tables.figures_of(rows)
+    assert table.heads == ["", "p50 µs", "spread"]
+    rows[1]["refused"] = 3
+    (table,) = tables.figures_of(rows)
+    assert table.heads == ["", "refused", "p50 µs", "spread"]
+
+
+def test_many_microseconds_are_milliseconds_unless_few_would_be_lost() -> None:
+    def heads(*values: float) -> list[str]:
+        (table,) = tables.figures_of([row(str(value), p50_us=value) for value in values])
+        return table.heads
+
+    assert heads(100.0, 20_000.0) == ["", "p50 ms", "spread"]
+    assert heads(7.0, 20_000.0) == ["", "p50 µs", "spread"]
+    assert heads(100.0, 9_000.0) == ["", "p50 µs", "spread"]
+    (table,) = tables.figures_of([row("a", p50_us=20_000.0, handed_over_late_p99_us=20_000.0)])
+    assert table.heads == ["", "p50 ms", "spread"]
+
+
+def test_long_words_are_a_line_below_their_row() -> None:
+    binding = "encode: 1.9 of 2 cores were busy, and it took 54%"
+    told = report(
+        capacity=[row("704x384, how many", streams_that_fit=7, binding=binding), row("b", streams_that_fit=1)]
+    )
+    (table,) = tables.figures_of(told["groups"]["capacity"]["rows"])
+    assert table.heads == ["", "streams that fit", "spread"]
+    assert table.notes == [[("binding", binding)], []]
+    line = f"704x384, how many: binding: {binding}"
+    assert f"\n\n* {line}\n" in tables.markdown(told, {})
+    assert binding in page.html(told, None)
+    console = Console(width=100)
+    with console.capture() as shown:
+        reports.show(console, told)
+    assert f"  {line}\n" in shown.get()
 
 
 def test_cost_has_a_table_of_its_own() -> None:
@@ -163,7 +205,23 @@ def test_the_terminal_shows_what_was_skipped_and_unstable() -> None:
     with console.capture() as shown:
         reports.show(console, everything())
     assert "not run: cupy is not installed: pip install cupy-cuda12x\n  Copies: worker, cupy\n" in shown.get()
-    assert "41% unstable" in shown.get()
+    assert re.search(r"41% *\n *unstable", shown.get())
+
+
+def test_in_a_narrow_terminal_words_are_broken_and_figures_are_not() -> None:
+    keys = ("frames_per_second", "gb_per_s", "p50_us", "p99_us", "device_us", "host_us", "copy_us", "of_ceiling")
+    figures = {key: 9.0 if key == "gb_per_s" else 654_321.0 for key in keys} | {"copy_us": 3.0, "host_us": 3.0}
+    told = report(kernels=[row(f"numpy, green_tint, 1920x1080, {n} frames", batch=n, **figures) for n in (1, 64)])
+    console = Console(width=100)
+    with console.capture() as shown:
+        reports.show(console, told)
+    lines = shown.get().splitlines()
+    table = lines[: next(n for n, line in enumerate(lines) if line.startswith("Intel"))]
+    assert max(map(len, table)) <= 100
+    assert "…" not in shown.get()
+    assert shown.get().count("654,321") == 2 * 2
+    assert len(re.findall(r"\b654\b(?!,)", shown.get())) == 2 * 3
+    assert table[-3].strip() == "frames"
 
 
 # --- the verdict
@@ -279,9 +337,11 @@ def test_everything_is_written_and_can_be_read_again(tmp_path: Path, capsys: pyt
     assert "written: " in capsys.readouterr().out
 
 
-def test_a_figure_that_is_none_is_not_written(tmp_path: Path) -> None:
+def test_a_figure_that_is_none_is_not_written_and_the_last_result_stays(tmp_path: Path) -> None:
+    data = reports.save(report(jobs=[row("a", p50_us=1.0)]), tmp_path)
     with pytest.raises(ValueError, match="not JSON compliant"):
         reports.write(report(jobs=[row("a", p50_us=float("nan"))]), tmp_path)
+    assert load(data) == report(jobs=[row("a", p50_us=1.0)])
 
 
 LINES = Plot(
@@ -309,6 +369,15 @@ def test_pictures(plot: Plot) -> None:
     assert not re.search(r"#0[1-4]0[1-4]0\d", text)  # every stand-in became a variable
     assert "worker" in " ".join(found.text)
     assert plots.svg(plot, rows) == text  # the same figures, the same file
+
+
+@given(st.lists(st.tuples(st.floats(0, 200), st.sampled_from([12.0, 24.0])), min_size=1, max_size=8))
+def test_names_beside_lines_do_not_lie_on_one_another(labels: list[tuple[float, float]]) -> None:
+    wanted, heights = zip(*sorted(labels), strict=True)
+    put = plots._apart(wanted, heights, 206.0)
+    for (low, under), (high, over) in itertools.pairwise(zip(put, heights, strict=True)):
+        assert high - low >= (under + over) / 2 - 1e-6
+    assert put[-1] + heights[-1] / 2 <= 206.0 + 1e-6
 
 
 def test_a_limit_keeps_its_unit_and_is_named_once_where_it_is_one_for_all() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,7 +88,29 @@ def test_an_interrupt_keeps_what_was_measured() -> None:
         raise KeyboardInterrupt
 
     found = rows_of(given("a", interrupted), given("b", lambda sheet: sheet.row("second", p50_us=2.0)))
-    assert found == {"a": [{"name": "first", "p50_us": 1.0}, {"name": "a, from here on", "failed": "interrupted"}]}
+    assert found == {
+        "a": [{"name": "first", "p50_us": 1.0}, {"name": "a, from here on", "failed": "interrupted"}],
+        "b": [{"name": "b", "skipped": runner.NOT_BEGUN}],
+    }
+
+
+def test_a_figure_that_is_none_costs_its_row_only() -> None:
+    def wrong(sheet: Sheet) -> None:
+        sheet.row("first", jitter_ms=float("nan"))
+        sheet.row("second", p50_us=2.0)
+
+    first, second = rows_of(given("a", wrong))["a"]
+    assert first == {"name": "first", "failed": "measured what no result file may hold: jitter_ms is nan"}
+    assert second == {"name": "second", "p50_us": 2.0}
+
+
+def test_what_there_is_after_each_group_is_handed_out_and_decides_nothing() -> None:
+    kept: list[dict[str, Any]] = []
+    groups = [given(name, lambda sheet: sheet.row("first", p50_us=1.0)) for name in ("a", "b")]
+    runner.measure(groups, Size.TINY, runner.Quiet(), keep=lambda told: kept.append(copy.deepcopy(told)))
+    assert [list(told["groups"]) for told in kept] == [["a"], ["a", "b"]]
+    assert all(problems(told) == [] for told in kept)
+    assert all(told["noise"]["too_noisy"] == [runner.NOT_OVER] for told in kept)
 
 
 def test_a_group_that_is_left_out_says_why() -> None:
@@ -124,6 +149,24 @@ def test_the_command_writes_a_result_and_says_what_it_skipped(tmp_path: Path) ->
     assert result["machine"]["command"].endswith(
         f"-m benchmarks --tiny --only copies,media --output {tmp_path / 'out'}"
     )
+
+
+def test_a_command_that_is_told_to_end_keeps_what_it_measured(tmp_path: Path) -> None:
+    """The file is there as soon as the first group is over; SIGTERM comes while the second one runs."""
+    command = (sys.executable, "-m", "benchmarks", "--tiny", "--only", "copies,capacity", "--output", str(tmp_path))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            while not (found := [*tmp_path.glob("*.json")]):
+                assert running.poll() is None
+                time.sleep(0.02)
+            assert list(load(found[0])["groups"]) == ["copies"]
+            running.send_signal(signal.SIGTERM)
+            out, err = running.communicate(timeout=40)
+        finally:
+            running.kill()
+    assert running.returncode == 1, err
+    assert load(found[0])["groups"]["capacity"]["rows"][-1]["failed"] == "interrupted"
+    assert "FAILED: interrupted" in out
 
 
 def test_the_command_refuses_what_is_no_benchmark() -> None:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from gpu_byoc.core.cursor import Backoff
+from gpu_byoc.errors import SegmentFailed
 from gpu_byoc.media.mpegts import PACKET
 from gpu_byoc.processors.passthrough import Passthrough
 from gpu_byoc.transport.trickle_client import Publisher, Subscriber, open_session
@@ -174,11 +175,11 @@ def test_a_connection_that_only_drips(way: str) -> None:
 
 @asynchronous
 async def test_a_slow_viewer_holds_nobody_up() -> None:
-    """It falls out of the ring and jumps (470); the stream does not wait for it."""
-    source = clip(30, 12)
+    """It falls out of the ring, jumps (470), and sees what comes then; the stream does not wait for it."""
+    source = clip(30, 16)
     async with rig(Passthrough()) as r, proxy(urlsplit(r.base).port or 0) as between:
         r.create("s")
-        between.piece, between.pause = 500, 0.05
+        between.piece, between.pause = 500, 0.03
         async with watching(r, "s") as viewer, open_session() as session:
             slow = Subscriber(session, f"http://127.0.0.1:{between.port}/ai/trickle/s-out", 0)
             assert (await r.call("stream/start", r.urls("s")))[0] == 200
@@ -189,18 +190,24 @@ async def test_a_slow_viewer_holds_nobody_up() -> None:
                 async with slow:
                     async for segment in slow:
                         seen.append(segment.seq)
-                        await segment.read()
+                        with contextlib.suppress(SegmentFailed):  # the ring has let go of it
+                            await segment.read()
 
             task = asyncio.create_task(watch())
             await r.worker.until(lambda: between._writers != set())
-            await paced(r, "s", source)
+            async with Publisher(session, r.base + "s", "video/MP2T", delete=True) as publisher:
+                for number, data in enumerate(source, 1):
+                    if number == 12:
+                        await r.worker.until(lambda: slow.skipped > 0)
+                    await publisher.send(data)
+                    await r.worker.until(lambda number=number: taken(r, "s") >= number)  # type: ignore[misc]
             await r.until_over()
-            assert stream.session.frames_out == 360
+            assert stream.session.frames_out == 480
             assert stream.session.problems == {}
+            await r.worker.until(lambda: seen[-1] >= len(seen) + slow.skipped - 1)
             task.cancel()
             await asyncio.wait([task])
-        assert len(frames(viewer.media)) == 360
-        assert len(seen) < len([each for each in viewer.segments if each]), "it saw some of it"
+        assert len(frames(viewer.media)) == 480
 
 
 @contextlib.contextmanager
@@ -250,9 +257,10 @@ async def test_indices_that_jump_ahead_and_back() -> None:
 
 @asynchronous
 async def test_silence() -> None:
-    """Thirty seconds of it at a hundredth: requests that wait are made anew, the heart beats, and nothing is lost."""
-    source = clip(20, 3)
-    with impatient(reissue=0.2):
+    """Thirty seconds of it and more, at a hundredth: requests that wait are made anew, more often than a channel may
+    fail, the heart beats, and nothing is lost."""
+    source, often = clip(20, 3), streams.PATIENCE.attempts + 2
+    with impatient(reissue=0.1):
         async with pair("subscribe") as p:
             stream, base = p.stream, p.rig.base
             other = asyncio.create_task(publish(p.rig, "calm", source))
@@ -261,7 +269,7 @@ async def test_silence() -> None:
                     await out.send(data)
                     await p.until(lambda number=number: stream.segments_in >= number)  # type: ignore[misc]
                     asked, said = p.proxy.accepted, len(beats(p.viewer))
-                    await p.until(lambda asked=asked: p.proxy.accepted >= asked + 2)  # type: ignore[misc]
+                    await p.until(lambda asked=asked: p.proxy.accepted >= asked + often)  # type: ignore[misc]
                     assert stream.session.state.value == "running"
                     await p.until(lambda said=said: len(beats(p.viewer)) > said)  # type: ignore[misc]
             await other
@@ -353,7 +361,10 @@ async def test_a_wall_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < worst < 5
         spent = sum(row["compute_seconds"] for row in viewer.lines)
         assert r.worker.worker.engine is not None
-        total = r.worker.worker.engine.usage()[1]["(ended)"]
-        assert abs(spent - total.compute_ns / 1e9) < 1e-6
-        assert total.frames == 120
+        rows, totals, _ = r.worker.worker.engine.usage()
+        assert abs(spent - totals["(ended)"].compute_ns / 1e9) < 1e-6
+        assert totals["(ended)"].frames == 120
         assert 0 < spent < 20
+        assert sum(row.compute_ns for _, _, row in rows) == totals["(ended)"].compute_ns, "no second is lost or doubled"
+        seconds = [second for second, _, _ in rows]
+        assert max(seconds) - min(seconds) < 60

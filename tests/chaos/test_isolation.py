@@ -1,10 +1,13 @@
-"""One poisonous stream among three good ones: its frames fail alone, it is ended, and the others notice nothing."""
+"""One poisonous stream among three good ones: its frames fail alone, it is ended, and the others notice nothing.
+Likewise one that floods its control channel."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import io
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -14,19 +17,25 @@ import numpy as np
 import pytest
 from av.video.frame import VideoFrame
 
-from gpu_byoc.config import EngineConfig, ServeConfig
+from gpu_byoc.config import EngineConfig, SecurityConfig, ServeConfig
+from gpu_byoc.core.pace import BURST
 from gpu_byoc.errors import ConfigError
 from gpu_byoc.processor import ArrayProcessor
+from gpu_byoc.worker.stream import MESSAGE_LINES
 from tests.support.clips import frames, packets
 from tests.support.streams import Rig, Viewer, beats, clip, publish, rig, watching
 from tests.support.workers import asynchronous
 
 GOOD = ("a", "b", "c")
 BRIGHT = 240
+BATCH = 8
+HALVES = 3
+"""How often a full batch is halved until a frame stands alone."""
 
 
 class Picky(ArrayProcessor):
-    """Cannot stand bright frames, nor being told to fail. ``met``: sizes of batches with a bright one in them."""
+    """Cannot stand bright frames, nor being told to fail. ``met``: sizes of batches with a bright one in them;
+    ``failed``: batches that failed."""
 
     @dataclass(frozen=True)
     class Params:
@@ -34,12 +43,15 @@ class Picky(ArrayProcessor):
 
     def __init__(self) -> None:
         self.met: list[int] = []
+        self.failed = 0
 
     def process_batch(self, batch: Any, params: Any, xp: Any) -> Any:
         if params.fail:
+            self.failed += 1
             raise ValueError("told to")
         if (batch.mean(axis=(1, 2, 3)) > BRIGHT).any():
             self.met.append(len(batch))
+            self.failed += 1
             raise ValueError("too bright")
         return batch
 
@@ -68,11 +80,14 @@ async def start(r: Rig, name: str, **params: Any) -> None:
 
 @pytest.mark.parametrize("poison", ["pixels", "params"])
 def test_three_streams_notice_nothing_of_the_fourth(poison: str) -> None:
+    """Every byte of theirs is as it is without the fourth, and how often they are computed once more is bounded."""
     processor = Picky()
+    source = clip(25, 3)
+    alone = without_poison(source)
 
     @asynchronous
     async def go() -> None:
-        async with rig(processor, EngineConfig(slots=32, max_batch=8), lossless=False, latency_budget=5.0) as r:
+        async with rig(processor, EngineConfig(slots=32, max_batch=BATCH), lossless=False, latency_budget=5.0) as r:
             for name in (*GOOD, "bad"):
                 r.create(name)
             async with contextlib.AsyncExitStack() as stack:
@@ -82,7 +97,6 @@ def test_three_streams_notice_nothing_of_the_fourth(poison: str) -> None:
                     await start(r, name)
                 await start(r, "bad", **({"fail": True} if poison == "params" else {}))
                 streams = [r.stream(name) for name in GOOD]
-                source = clip(25, 3)
                 poisoned = [shining(25, part * 25, range(10)) for part in range(3)] if poison == "pixels" else source
                 await asyncio.gather(
                     *(publish(r, name, source) for name in GOOD), publish(r, "bad", poisoned, close=False)
@@ -92,10 +106,13 @@ def test_three_streams_notice_nothing_of_the_fourth(poison: str) -> None:
                 assert [p.pts for p in packets(viewer.media)] == [p.pts for p in packets(b"".join(source))]
                 last = beats(viewer)[-1]
                 assert (last["state"], last["dropped"], last["problems"]) == ("ended", {}, {})
+                assert viewer.media == alone, "as without poison, byte for byte"
                 worst = stream.session.latency(1.0)
                 assert worst is not None
                 assert worst < 5.0, "within the latency budget to the last frame"
-            quarantined(bad)
+            failed = quarantined(bad)
+            assert retries(r) <= 2 * HALVES * failed
+            assert processor.failed <= (1 + HALVES) * failed, "what a frame costs those that share its batch"
             assert 'byoc_streams_quarantined_total{reason="processor_failed"} 1.0' in await metrics(r)
             await works_again(r)
 
@@ -104,7 +121,33 @@ def test_three_streams_notice_nothing_of_the_fourth(poison: str) -> None:
         assert 1 in processor.met, "the culprit was isolated from its batch"
 
 
-def quarantined(bad: Viewer) -> None:
+def without_poison(source: list[bytes]) -> bytes:
+    """What comes out of a good stream that is alone."""
+    media = b""
+
+    @asynchronous
+    async def go() -> None:
+        nonlocal media
+        async with rig(Picky()) as r:
+            r.create("a")
+            async with watching(r, "a") as viewer:
+                await start(r, "a")
+                await publish(r, "a", source)
+                await r.until_over()
+            media = viewer.media
+
+    go()
+    return media
+
+
+def retries(r: Rig) -> int:
+    """Parts of batches that were computed once more."""
+    assert r.worker.worker.engine is not None
+    return sum(engine.left()["retry"] for engine in r.worker.worker.engine.engines)
+
+
+def quarantined(bad: Viewer) -> int:
+    """How many of its frames the processor failed at."""
     last = beats(bad)[-1]
     assert last["state"] == "failed"
     assert last["dropped"]["processor_failed"] == 50, "no frame more than it takes to know"
@@ -114,6 +157,7 @@ def quarantined(bad: Viewer) -> None:
     assert "50 of the last 50 frames failed" in event["message"]
     errors = [each["event"]["error"] for each in bad.events if each["event"]["type"] == "error"]
     assert errors == ["processor_failed", "stream_quarantined"]
+    return sum(last["dropped"].values())  # those that were inside at the end may have failed as well
 
 
 async def metrics(r: Rig) -> str:
@@ -151,6 +195,53 @@ async def test_a_stream_within_its_budget_goes_on_without_the_frames_that_fail()
             else:
                 assert "stream_quarantined" in viewer.kinds()
                 assert stream.session.frames_in == stream.session.frames_out + stream.session.dropped.total()
+
+
+@pytest.mark.parametrize("lines", [1, 1000])
+@asynchronous
+async def test_a_flood_of_control_messages_is_heard_slowly_and_others_lose_nothing(
+    lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another message as soon as there is room for it, of one line or of as many as fit."""
+    heard = 0
+    async with rig(Picky(), EngineConfig(slots=32, max_batch=BATCH), lossless=False, latency_budget=5.0) as r:
+        for name in ("loud", "good"):
+            r.create(name)
+        await start(r, "loud")
+        loud, began = r.stream("loud"), time.monotonic()
+        update = loud.update
+
+        def counting(given: Mapping[str, Any]) -> Any:
+            nonlocal heard
+            heard += 1
+            return update(given)
+
+        monkeypatch.setattr(loud, "update", counting)
+
+        async def flood() -> None:
+            while True:
+                r.server.hub.write("loud-control", b'{"fail": false}\n' * lines)
+                await asyncio.sleep(0.02)
+
+        flooding = asyncio.create_task(flood())
+        source = clip(25, 3)
+        async with watching(r, "good") as viewer:
+            await start(r, "good")
+            good = r.stream("good")
+            await publish(r, "good", source)
+            await r.worker.until(lambda: good.ended.is_set() and loud.session.problems["control_rate"] > 0)
+        assert [p.pts for p in packets(viewer.media)] == [p.pts for p in packets(b"".join(source))]
+        assert not good.session.dropped
+        most = SecurityConfig().max_update_rate * (time.monotonic() - began + BURST) + MESSAGE_LINES
+        assert 0 < heard <= most
+        assert (loud.session.problems["params"] > 0) == (lines > MESSAGE_LINES), "what is not read is said"
+        flooding.cancel()
+        await asyncio.wait([flooding])
+        async with asyncio.timeout(20):
+            while not loud.params.processor.fail:  # what came while it was behind is gone, as with any slow reader
+                r.server.hub.write("loud-control", b'{"fail": true}')
+                await asyncio.sleep(0.5)
+        assert not loud.ended.is_set(), "it goes on"
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])

@@ -102,13 +102,12 @@ def test_a_flaw_is_found(make: type[Backend], check: str, says: str) -> None:
 
 @pytest.mark.parametrize(("make", "check"), [(flawed.Hangs, "cancels"), (flawed.ProbeHangs, "probes")])
 def test_what_hangs_has_failed(make: type[Backend], check: str) -> None:
+    before = set(threading.enumerate())
     row = one(make, check, patience=0.3)
-    assert row.result == FAILED
-    assert "0.3 seconds" in row.detail
-    assert row.seconds < 10
-    for thread in threading.enumerate():  # what hangs here does so for seconds, not for ever
-        if thread.name.startswith("gpu-byoc-"):
-            thread.join(30)
+    assert (row.result, "0.3 seconds" in row.detail) == (FAILED, True), row
+    assert row.seconds < 20, row
+    for thread in set(threading.enumerate()) - before:  # what hangs here does so for seconds, not for ever
+        thread.join(30)
 
 
 def test_every_check_has_a_flaw_that_it_finds() -> None:

@@ -126,6 +126,13 @@ def test_no_urls(text: str) -> None:
             "2002:a9fe:a9fe::1",
             "64:ff9b::a9fe:a9fe",
             "64:ff9b:1::a9fe:a9fe",
+            "64:ff9b:1:a9fe:a9:fe00::",  # the same by RFC 6052 with a prefix of 48 bits
+            "64:ff9b:1:0:a9:fe01:100:0",  # 169.254.1.1 behind one of 64
+            "::ffff:0:169.254.169.254",
+            "::ffff:0:a9fe:1",
+            "64:ff9b::169.254.0.1",
+            "64:ff9b::100.100.100.200",
+            "2002:6464:64c8::",
         ),
         "2001:0:a9fe:a9fe::1",  # Teredo, its server
         str(IPv6Address((0x2001 << 112) | (0x01010101 << 64) | (0xFFFFFFFF ^ int(IPv4Address("169.254.1.1"))))),
@@ -149,7 +156,11 @@ def test_what_the_standard_library_calls_unfit_is_forbidden(address: ipaddress.I
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "10.1.2.3", "8.8.8.8", "fd12::1", "2a00::1"]
+    "address",
+    [
+        *("127.0.0.1", "::1", "::ffff:127.0.0.1", "10.1.2.3", "8.8.8.8", "fd12::1", "2a00::1"),
+        *("64:ff9b::8.8.8.8", "::ffff:0:8.8.8.8", "2002:808:808::1", "64:ff9b:2::a9fe:a9fe"),
+    ],
 )
 def test_other_addresses_are_for_the_policy_to_decide(address: str) -> None:
     assert not forbidden(ip_address(address))

@@ -157,6 +157,24 @@ def test_a_small_want_does_not_overtake_a_large_one() -> None:
     assert pool.cancel(small) == []
 
 
+def test_who_holds_how_many_is_known_until_they_are_free() -> None:
+    pool = SlotPool(3)
+    first, second = pool.want(1, "a"), pool.want(2, "b")
+    waits = pool.want(1, "a")
+    assert (pool.held("a"), pool.held("b"), pool.held("c")) == (1, 2, 0)
+    assert first.hold is not None
+    assert second.hold is not None
+    pool.move(second.hold, "submit")
+    pool.move(second.hold, "start")
+    assert pool.move(second.hold, "release") == []
+    assert pool.held("b") == 2, "the device is not through with them"
+    assert pool.move(second.hold, "finish") == [waits]
+    assert (pool.held("a"), pool.held("b")) == (2, 0)
+    assert pool.move(first.hold, "release") == []
+    assert pool.move(first.hold, "release") == []
+    assert pool.held("a") == 1, "given back once"
+
+
 @pytest.mark.parametrize("count", [0, -1, 3])
 def test_impossible_wants(count: int) -> None:
     with pytest.raises(ValueError, match="of 2 slots"):

@@ -57,6 +57,7 @@ class Shadow:
     posts: int = 0
     forsaken: bool = False
     anew: bool = False
+    cut: bool = False
 
 
 @dataclass
@@ -80,12 +81,16 @@ class Model:
         one, holder = self.at(index), self.kept.get(index % 5)
         if one is None:
             one = self.put(index, anew=holder is not None and holder.index > index)
-        elif not one.open and (reset or index + 1 != self.upcoming):
-            one = self.put(index, anew=index < self.upcoming)
+        elif not one.open and (reset or index + 1 != self.upcoming or one.cut or self.restarting(index)):
+            one = self.put(index, anew=index + 1 < self.upcoming or (index + 1 == self.upcoming and not one.cut))
         one.posts += 1
         for lower in self.kept.values():
             lower.open &= not (reset and lower.index < index)
         return one
+
+    def restarting(self, index: int) -> bool:
+        lower = [one for one in self.kept.values() if one.index < index and one.anew]
+        return any(one.posts and one.open and not one.text for one in lower)
 
     def body(self, one: Shadow, text: bytes) -> None:
         if not one.open:
@@ -97,7 +102,7 @@ class Model:
                 if other.index < one.index and hole:
                     other.open = False
                 kept_open = other.open and other.posts and other.index < before
-                if other.index > one.index and one.anew and not kept_open:
+                if other.index > one.index and one.anew and one.index < before and not kept_open:
                     other.open = False
                     del self.kept[other.index % 5]
         one.text += text
@@ -111,6 +116,7 @@ class Model:
     def vanish(self, one: Shadow) -> None:
         one.posts -= 1
         if not one.posts and one.text:
+            one.cut |= one.open
             one.open = False
         elif not one.posts:
             one.forsaken = True
@@ -324,6 +330,40 @@ def test_starting_over_spares_what_the_new_publisher_has_opened_ahead() -> None:
     a.append(first, b"new", now=0)
     assert second.ended is None
     assert a.find(1) is second
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("written", range(2, 9))
+def test_a_publisher_that_starts_over_and_opens_ahead_loses_no_index(written: int, cut: bool) -> None:
+    """As publishers do: the next segment is opened before the first byte of this one."""
+    a = channel()
+    for index in range(written):
+        put(a, index, b"old")
+    if cut:
+        torn = a.publish(written)
+        a.append(torn, b"half", now=0)
+        a.leave(torn)
+    ahead = a.publish(0)
+    for index in range(8):
+        segment, ahead = ahead, a.publish(index + 1)
+        assert a.find(index) is segment, "readers wait for what the publisher has open"
+        a.append(segment, b"new%d" % index, now=0)
+        assert segment.ended is None
+        assert ahead.ended is None, "not taken for a repeat of the old one, nor for a leftover"
+        a.finish(segment)
+        assert (a.next_seq, content(a.find(NEWEST))) == (index + 1, b"new%d" % index)
+
+
+def test_the_newest_index_that_was_cut_off_may_be_written_again_and_its_readers_wait_for_the_next() -> None:
+    a = channel()
+    torn = a.publish(0)
+    a.append(torn, b"half", now=0)
+    a.leave(torn)
+    waiting = a.find(1)
+    put(a, 0, b"whole")
+    assert waiting is not None
+    assert (content(a.find(0)), a.next_seq) == (b"whole", 1)
+    assert waiting.ended is None
 
 
 def test_an_index_that_comes_late_is_no_new_start() -> None:

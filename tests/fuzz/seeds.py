@@ -19,11 +19,16 @@ import av
 import numpy as np
 
 from gpu_byoc.media import mpegts
+from gpu_byoc.media.confine import WALLS
 from gpu_byoc.media.mpegts import PACKET, WRAP, Stream
+from gpu_byoc.media.sandbox_wire import SAMPLE
 from tests.fuzz.hunt import CORPUS, corpus
 from tests.support import clips
 
-NAMES = ("ts", "stream", "params", "answers", "worker", "trickle-server", "trickle-client", "network", "next-hop")
+NAMES = (
+    *("ts", "stream", "sandbox", "params", "answers"),
+    *("worker", "trickle-server", "trickle-client", "network", "next-hop"),
+)
 KEEP = ("crash-", "hang-", "growth-", "wrong-")
 PMT, VIDEO = 0x1000, 0x100
 
@@ -109,7 +114,7 @@ def without(stream: bytes, *gone: int) -> bytes:
 
 def streams() -> dict[str, bytes]:
     plain = clips.live_stream(6, (32, 32), gop=3)
-    sound = {codec: clips.live_stream(3, (32, 32), gop=3, audio=codec) for codec in ("aac", "mp2", "libopus")}
+    sound = {codec: clips.live_stream(3, (32, 32), gop=3, audio=codec) for codec in ("aac", "mp2", "ac3", "libopus")}
     many = tuple(Stream(0x100 + number, 0x1B, "h264") for number in range(33))
     noise = random.Random(1)
     return {
@@ -150,6 +155,98 @@ def large_streams() -> dict[str, bytes]:
         "largest": big,
         "alternating": (big + small) * 3,
         "versions": b"".join(tables(Stream(VIDEO, 0x1B, "h264"), pmt_pid=0x20 + number) for number in range(3000)),
+    }
+
+
+# --- what a decoding process says
+
+
+def said(*messages: Any, sound: bytes = b"", text: bytes | None = None) -> bytes:
+    """Each with its length before it, ``sound`` behind each that is one."""
+    out = bytearray()
+    for message in messages:
+        coded = json.dumps(message).encode() if text is None else text
+        more = sound if "sound" in message else b""
+        out += struct.pack("<II", len(coded), len(more)) + coded + more
+    return bytes(out)
+
+
+READY: Any = {"ready": dict.fromkeys(WALLS, "")}
+INFO: list[Any] = ["h264", 64, 48, "yuv420p", 1, False, 1, 1, 1, 1]
+DONE = {"done": True}
+
+
+def decoders() -> dict[str, bytes]:
+    """Answers of a process to the worker: honest ones, wrong ones, and some that only look wrong."""
+
+    def info(**changed: Any) -> dict[str, Any]:
+        names = ("codec", "width", "height", "format", "matrix", "full", "primaries", "transfer", "up", "down")
+        return {"info": [changed.get(name, value) for name, value in zip(names, INFO, strict=True)]}
+
+    def frames(*times: Any) -> list[dict[str, Any]]:
+        return [{"frame": [each, not number]} for number, each in enumerate(times)]
+
+    track = ["aac", 48_000, 2]
+    honest = (
+        *(READY, {"tracks": ["h264", track]}, info(), *frames(0, 3600, 7200), {"sound": [0, track]}),
+        *({"problem": ["corrupt", "a picture", "video"]}, {"pictures": [1, 2], "done": True}),
+    )
+    deep: Any = "x"
+    for _ in range(900):
+        deep = [deep]
+    names = sorted(SAMPLE)
+    sizes = ((0, 1), (1, 1), (2048, 4), (4, 2048), (96, 96), (97, 96), (2049, 1), (1 << 31, 1 << 31), (-4, -4))
+    far = (-(1 << 48), 0, 1 << 48, (1 << 48) + 1, 1 << 60, 1 << 64)
+    return {
+        "honest.bin": said(*honest, sound=b"s" * 300) + said(*frames(10_800), DONE),
+        "twice.bin": said(*honest, *honest, sound=b"s"),
+        "done.bin": said(READY, *[DONE] * 8),
+        "formats.bin": said(READY, *[m for n in names for m in (info(format=n), *frames(names.index(n)))], DONE),
+        "sizes.bin": b"".join(said(READY, info(width=w, height=h), *frames(5), DONE) for w, h in sizes),
+        "odd-sizes.bin": said(
+            *(READY, info(width=1, height=1), *frames(1), info(width=33, height=7, format="yuv422p10le"), *frames(2)),
+            DONE,
+        ),
+        "colours.bin": said(
+            *(READY, info(matrix=255, primaries=255, transfer=255, full=True), *frames(1)),
+            *(info(matrix=0, format="gbrp"), *frames(2), info(up=(1 << 31) - 1, down=1), *frames(3), DONE),
+        ),
+        "aspect.bin": said(READY, info(up=1 << 31, down=3), *frames(1), DONE),
+        "far.bin": said(READY, info(), *frames(*far), DONE),
+        "back.bin": said(READY, info(), *frames(9, 8, 9, 10, -5), DONE),
+        "times.bin": said(READY, info(), {"frame": [True, True]}, DONE)
+        + said(READY, info(), {"frame": [1.5, 1]}, DONE),
+        "no-info.bin": said(READY, *frames(1), DONE),
+        "no-ready.bin": said(info(), *frames(1), DONE),
+        "walls.bin": said({"ready": {}}) + said({"ready": ["limits"]}) + said({"ready": {"limits": deep}}),
+        "broken.bin": said(READY, {"broken": "x" * 5000}),
+        "broken-deep.bin": said(READY, {"broken": deep}),
+        "problem-deep.bin": said(READY, {"problem": ["corrupt", deep, None]}, DONE),
+        "problem-lines.bin": said(READY, {"problem": ["corrupt", "a\nb\x1b[2J\u2028", None]}, DONE),
+        "problem-new.bin": said(READY, {"problem": ["no-such-word", "", None]}, DONE),
+        "problems.bin": said(READY, *[{"problem": ["sync", str(n), "audio"]} for n in range(100)], DONE),
+        "sounds.bin": said(
+            READY, *[{"sound": [n * 1920, ["opus", 48_000, 2]]} for n in range(60)], DONE, sound=b"o" * 99
+        ),
+        "sounds-of-all.bin": said(
+            READY,
+            *[{"sound": [9, [c, r, n]]} for c in ("aac", "opus") for r in (1, 7350, 192_000) for n in (0, 8)],
+            DONE,
+        ),
+        "sound-mp2.bin": said(READY, {"sound": [0, ["mp2", 48_000, 2]]}, DONE, sound=b"m" * 50),
+        "sound-back.bin": said(
+            READY, {"sound": [9, track]}, {"sound": [1, track]}, {"sound": [9, track]}, DONE, sound=b"s"
+        ),
+        "sound-of-8-mib.bin": said(READY) + struct.pack("<II", 20, 8 << 20) + b'{"sound": [1, "aac"]}',
+        "too-much.bin": said(READY) + struct.pack("<II", 1 << 31, 0),
+        "empty.bin": said(READY) + struct.pack("<II", 0, 0) * 3,
+        "pictures.bin": said(READY, {"pictures": list(range(900))}, {"pictures": [1 << 70]}, DONE),
+        "all-at-once.bin": said(READY, info() | frames(1)[0] | {"tracks": [None, None]} | {"broken": "x", "done": 0}),
+        "cut.bin": said(*honest)[:-9],
+        "list.bin": said(READY) + said({}, text=b"[1]") + said({}, text=b'{"frame": NaN}'),
+        "deep.bin": said(READY) + said({}, text=b"[" * 3_000),
+        "number.bin": said(READY) + said({}, text=b'{"frame": [' + b"9" * 5000 + b", true]}"),
+        "no-text.bin": said(READY) + said({}, text=b"\xff\xfe{}") + said({}, text=b'{"broken": "\\ud83d"}'),
     }
 
 
@@ -371,6 +468,7 @@ def params() -> dict[str, bytes]:
 
 _MAKERS: dict[str, Callable[[], dict[str, bytes]]] = {
     "ts": streams,
+    "sandbox": decoders,
     "params": params,
     "answers": hops,
     "worker": worker,

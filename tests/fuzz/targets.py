@@ -10,30 +10,37 @@ import contextlib
 import json
 import logging
 import re
+import socket
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import aiohttp
+import numpy as np
+import psutil
 
 from gpu_byoc.bridge import ToLoop
 from gpu_byoc.config import EngineConfig, SecurityConfig
 from gpu_byoc.core import cursor, origins
 from gpu_byoc.core.cursor import Backoff
 from gpu_byoc.core.trickle import Limits
-from gpu_byoc.errors import BadFrame, BadParams, BadRequest, GpuByocError, TooLarge
+from gpu_byoc.errors import BadFrame, BadParams, BadRequest, DecoderFailed, GpuByocError, TooLarge
 from gpu_byoc.frames import FrameSpec
 from gpu_byoc.local import offer
 from gpu_byoc.local.http1 import AnswerParser, Malformed
 from gpu_byoc.local.metadata import amount, read_object
 from gpu_byoc.local.tokens import TokenBook
-from gpu_byoc.media import demux
+from gpu_byoc.media import demux, sandbox
+from gpu_byoc.media import sandbox_wire as wire
 from gpu_byoc.media.audio import AudioPacket
-from gpu_byoc.media.decode import Frame, StreamReader, VideoInfo
-from gpu_byoc.media.planes import ToSlot
+from gpu_byoc.media.decode import Frame, Reader, StreamReader, VideoInfo
+from gpu_byoc.media.encode import Encoder, EncoderSettings
+from gpu_byoc.media.planes import Colour, ToSlot
 from gpu_byoc.processors.green_tint import GreenTint
 from gpu_byoc.transport.trickle_client import Publisher, Subscriber, open_session
 from gpu_byoc.worker.outlet import Departure, Outlet
@@ -78,13 +85,21 @@ class TransportStream:
 
     def run(self, data: bytes) -> str:
         seen = Counter[str]()
-        limits = demux.Limits()
-        reader, sink = StreamReader(limits), _Sink()
-        outlet = Outlet("libx264", cast("ToLoop[Departure]", sink), lambda what, *more: seen.update([what]))
-        step, last = (188, 1316, 4096, 65536)[len(data) % 4], -1
+        step = (188, 1316, 4096, 65536)[len(data) % 4]
         parts: list[bytes | None] = [data[at : at + step] for at in range(0, len(data), step)]
         parts.insert(len(parts) * 2 // 3, None)
-        for part in [*parts, b""]:
+        limits = demux.Limits()
+        self._through(StreamReader(limits), [*parts, b""], limits, 4 * len(data), seen)
+        return words(seen)
+
+    def _through(
+        self, reader: Reader, parts: list[bytes | None], limits: demux.Limits, most: int, seen: Counter[str]
+    ) -> None:
+        """``parts`` into the reader, its events on the way out. None ends a segment, b"" is the end; ``most`` bytes of
+        sound may come of it, and some."""
+        sink, last = _Sink(), -(1 << 70)
+        outlet = Outlet("libx264", cast("ToLoop[Departure]", sink), lambda what, *more: seen.update([what]))
+        for part in parts:
             events = reader.end_segment() if part is None else reader.feed(part) if part else reader.finish()
             for event in events:
                 seen[type(event).__name__] += 1
@@ -97,13 +112,15 @@ class TransportStream:
                     outlet.audio(event)
                     outlet.send()
                 elif isinstance(event, demux.Problem):
+                    if event.reason not in wire.REASONS | {"decoder"} or not event.detail.isprintable():
+                        raise Wrong(f"a problem of the kind {event.reason!r}: {event.detail!r:.200}")
                     seen[event.reason] += 1
                 elif isinstance(event, VideoInfo):
                     seen[f"{event.codec}-{event.format}"] = 1
+                    self._info = event
         outlet.finish()
-        if sink.nbytes > 4 * len(data) + (1 << 20):
-            raise Wrong(f"{sink.nbytes} bytes of sound out of an input of {len(data)}")
-        return words(seen)
+        if sink.nbytes > most + (1 << 20):
+            raise Wrong(f"{sink.nbytes} bytes of sound")
 
     def _write(self, frame: Frame, limits: demux.Limits, seen: Counter[str]) -> None:
         width, height = frame.picture.width, frame.picture.height
@@ -117,6 +134,70 @@ class TransportStream:
 
     def close(self) -> None:
         pass
+
+
+class Possessed(sandbox.Cell):
+    """A process for decoding that says the input, whatever it is asked, and reads nothing until it has said all."""
+
+    def __init__(self, data: bytes) -> None:
+        self.sock, self._theirs = socket.socketpair()
+        self.memory = np.arange(wire.room(SANDBOXED), dtype=np.uint32).view(np.uint8)[: wire.room(SANDBOXED)]
+        self.walls = None
+        self._thread = threading.Thread(target=self._speak, args=(data,))
+        self._thread.start()
+
+    def _speak(self, data: bytes) -> None:
+        with contextlib.suppress(OSError), self._theirs:  # the worker has had enough
+            self._theirs.sendall(data)
+            self._theirs.shutdown(socket.SHUT_WR)
+            while self._theirs.recv(65536):
+                pass
+
+    def end(self) -> None:
+        self.sock.close()
+        self._thread.join(REST)
+        if self._thread.is_alive():
+            raise Wrong("the worker has not let go of it")
+
+    def _how_it_ended(self) -> str:
+        return "it has said all"
+
+
+SANDBOXED = demux.Limits(max_pixels=96 * 96, max_side=2048)
+
+
+class Sandbox(TransportStream):
+    """What a process that was taken over says to the worker about a stream, again and again; and what it then has for
+    pictures and sounds, on their way out."""
+
+    def __init__(self) -> None:
+        vars(sandbox)["HANG_SECONDS"] = vars(sandbox)["START_SECONDS"] = 0.2
+        self._said, self._process = b"", psutil.Process()
+        vars(sandbox)["Cell"] = lambda limits: Possessed(self._said)
+
+    def run(self, data: bytes) -> str:
+        seen, self._said = Counter[str](), data
+        self._coded: tuple[Colour, Fraction | None] | None = None
+        files = self._process.num_fds()
+        reader = sandbox.SandboxedReader(SANDBOXED, lambda pts: seen.update(["picture"]))
+        try:
+            self._through(reader, [b"a", None, b"b", b""], SANDBOXED, 40 * len(data), seen)
+        except DecoderFailed as error:
+            seen[error.code] += 1
+        finally:
+            reader.close()
+        if self._process.num_fds() != files:
+            raise Wrong("files are left open")
+        return words(seen)
+
+    def _write(self, frame: Frame, limits: demux.Limits, seen: Counter[str]) -> None:
+        """Also coded again, once for each kind of picture."""
+        super()._write(frame, limits, seen)
+        kind = Colour.of(frame.picture), self._info.aspect
+        if kind != self._coded:
+            self._coded = kind
+            encoder = Encoder(FrameSpec(32, 32), colour=kind[0], aspect=kind[1], settings=EncoderSettings("libx264"))
+            seen["coded"] += len([*encoder.encode(memoryview(bytes(32 * 32 * 3)), frame.pts), *encoder.flush()])
 
 
 # --- what is parsed without a server
@@ -335,8 +416,8 @@ class TrickleRequests(_Loop):
         if status != 200 or (await self.server.call("GET", "t/0"))[2] != b"x":
             raise Wrong(f"the next segment is answered with {status}")
         hub.delete("t")
-        for wire in self.server.wires:
-            await wire.close()
+        for each in self.server.wires:
+            await each.close()
         self.server.wires.clear()
         return behaviour(got)
 
@@ -508,6 +589,7 @@ class LiveStreams(_Loop):
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "ts": TransportStream,
+    "sandbox": Sandbox,
     "stream": LiveStreams,
     "params": Params,
     "answers": Answers,

@@ -155,7 +155,8 @@ def test_it_serves_green_tint_unless_told_otherwise(engine: Engine) -> None:
     options = ("--env", f"GPU_BYOC_PORT={port}", "--env", "GPU_BYOC_HOST=127.0.0.1")
     with engine.start(IMAGE, options=options) as worker:
         worker.wait_for(f"Trickle server listening on port {port}")
-        assert get(port, "/api/stream/status")[1]["processor"] == "green_tint"
+        report = get(port, "/api/stream/status")[1]
+        assert (report["processor"], report["backend"]["degraded"]) == ("green_tint", [])
         status, body = post(port, "/live/video-to-video", FRAME)
         assert (status, len(body), sum(body[1::3]), sum(body[0::3])) == (200, len(FRAME), TINTED, 0)
         # the check of the image itself, as the engine runs it

@@ -111,9 +111,10 @@ def test_on_a_gpu_the_backends_are_verified_and_measured(engine: Engine, command
 
 
 @pytest.mark.skipif(not GPU, reason="GPU_BYOC_TEST_GPU=1 says that there is one: make images-test-gpu")
-def test_on_a_gpu_the_first_frame_waits_for_no_compiler(engine: Engine) -> None:
+@pytest.mark.parametrize("processor", ["green_tint", "grayscale"])  # with kernels of ours, and without
+def test_on_a_gpu_the_first_frame_waits_for_no_compiler(engine: Engine, processor: str) -> None:
     port = free_port()
-    run = ("serve", "--host", "127.0.0.1", "--port", str(port), "--require-gpu", "yes")
+    run = ("serve", "--host", "127.0.0.1", "--port", str(port), "--require-gpu", "yes", "--processor", processor)
     with engine.start(IMAGE, *run, options=(*HARDENED, *engine.gpus)) as worker:
         worker.wait_for("Trickle server listening")
         status, _ = post(port, "/", bytes(640 * 480 * 3))

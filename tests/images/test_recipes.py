@@ -284,3 +284,27 @@ def test_a_host_without_an_engine_is_told_so(tmp_path: Path) -> None:
         "docker does not work (Cannot connect to the Docker daemon); no podman on the PATH: "
         "install podman, or start the docker engine\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("installer", "says"),
+    [
+        ("echo 'E: Unable to locate package podman' >&2; exit 100", "E: Unable to locate package podman"),
+        ("exit 0", ""),
+    ],
+)
+def test_ci_names_what_it_skips_and_why(tmp_path: Path, installer: str, says: str) -> None:
+    """As root on a Debian without an engine, whose apt-get is given here; make finds everything well."""
+    for name in ("bash", "dirname", "tail"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    programs = {"apt-get": installer, "id": "echo 0", "make": "exit 0", "python3": f'exec {sys.executable} "$@"'}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        [ROOT / ".ci/run"], env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=WAIT, check=False
+    )
+    *_, skipped, last = done.stdout.splitlines()
+    assert (done.returncode, last.partition(" in ")[0]) == (0, "All others passed")
+    why = "no docker on the PATH; no podman on the PATH: install podman, or start the docker engine"
+    assert skipped == f"!! SKIPPED make images-test: {why}" + (f"; installing podman failed: {says}" if says else "")

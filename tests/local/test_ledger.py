@@ -6,6 +6,7 @@ import asyncio
 import re
 import signal
 import sqlite3
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,79 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
         read_usage(tmp_path, 1)
     with pytest.raises(ConfigError, match="-datadir"):
         Ledger(tmp_path).open()
+
+
+HOLDING = """
+import asyncio, sys
+from pathlib import Path
+from gpu_byoc.local.ledger import Ledger
+
+Ledger(Path(sys.argv[1])).open()
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@in_loop
+async def test_one_directory_has_one_orchestrator(tmp_path: Path) -> None:
+    """A second one would take the first one's running jobs for unfinished."""
+    first, second = Ledger(tmp_path), Ledger(tmp_path)
+    first.open()
+    try:
+        first.begin("job1", "a", utc(1_700_000_000.0))
+        await soon(lambda: [row.outcome for row in read_usage(tmp_path, 9).entries] == ["running"])
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="-datadir: another orchestrator keeps its ledger in"):
+                second.open()
+        assert [row.outcome for row in read_usage(tmp_path, 9).entries] == ["running"]
+        await first.book(entry(1))
+    finally:
+        await first.close()
+    second.open()
+    await second.close()
+    assert second.totals == Totals(1, 1.25, 2, 0.5)
+
+
+def test_a_killed_orchestrator_keeps_nobody_out(tmp_path: Path) -> None:
+    with running(str(tmp_path), program=("-c", HOLDING)) as process:
+        process.wait_for("open")
+        with pytest.raises(ConfigError, match="another orchestrator"):
+            Ledger(tmp_path).open()
+        process.end(signal.SIGKILL)
+    ledger = Ledger(tmp_path)
+    ledger.open()
+    asyncio.run(ledger.close())
+
+
+def test_rows_and_sums_are_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while jobs end: what a bill lists is what it adds up."""
+    monkeypatch.setattr(ledgers, "GATHER_SECONDS", 0.0)
+    ledger = Ledger(tmp_path)
+    ledger.open()
+    over = threading.Event()
+
+    def jobs_end() -> None:
+        for number in range(20_000):
+            if over.is_set():
+                return
+            ledger.add(entry(number))
+            if not number % 20:
+                over.wait(0.001)
+
+    thread = threading.Thread(target=jobs_end)
+    thread.start()
+    try:
+        seen: set[int] = set()
+        while len(seen) < 30 and thread.is_alive():
+            usage = read_usage(tmp_path, -1)
+            seen.add(len(usage.entries))
+            assert sum(each.jobs for each in usage.totals.values()) == len(usage.entries)
+            assert sum(each.billed_seconds for each in usage.totals.values()) == 2 * len(usage.entries)
+    finally:
+        over.set()
+        thread.join()
+        asyncio.run(ledger.close())
+    assert len(seen) > 5, "it grew meanwhile"
 
 
 KILLED = """

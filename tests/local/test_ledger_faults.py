@@ -246,6 +246,26 @@ async def test_a_disk_that_stays_full_to_the_end_has_the_rows_in_the_log(tmp_pat
             node.popen.stdout.close()
 
 
+@pytest.mark.parametrize("another", [False, True])
+@in_loop
+async def test_a_file_that_is_moved_away_takes_no_rows_for_written(tmp_path: Path, another: bool) -> None:
+    """Nor one that is there in its stead. Put back, it has all of them."""
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    async with box() as container, orchestrator(tmp_path, container) as orch:
+        ids = [(await post(orch)).headers["X-Job-Id"]]
+        (tmp_path / FILE).rename(elsewhere / FILE)
+        if another:
+            (tmp_path / FILE).write_bytes(b"")
+        ids.append((await post(orch)).headers["X-Job-Id"])
+        assert (await post(orch)).error == (503, "ledger_unavailable")
+        assert (orch.ledger.waiting, container.jobs) == (1, 2)
+        (elsewhere / FILE).replace(tmp_path / FILE)
+        await soon(lambda: not orch.ledger.error)
+        assert (await post(orch)).status == 200
+    assert [row.job_id for row in rows(tmp_path)][:2] == ids
+    assert len(rows(tmp_path)) == 3
+
+
 @in_loop
 async def test_a_disk_that_hangs_holds_an_answer_up_for_a_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -25,9 +26,10 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from gpu_byoc.errors import ConfigError, UnsupportedMedia
-from gpu_byoc.local import stream, streamclient, streamclip
+from gpu_byoc.local import stream, streamclient, streamclip, streamrig
 from gpu_byoc.local.children import pick_ports
 from gpu_byoc.local.streamclient import CHANNELS, Figures, LiveClient, Plan, quantile
 from gpu_byoc.local.streamclip import START, Clip, due
@@ -135,6 +137,15 @@ def test_figures() -> None:
     figures.dropped = Counter(late=2, audio=9)
     assert (figures.lost, figures.dropped_frames) == (1, 2)
     assert figures.latencies() == [0.5] * 7
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.002, "too short to say"), (2.0, "4.00 ms of CPU a frame, at 25.0")])
+def test_cpu_is_only_told_where_there_was_time_to_measure_it(tmp_path: Path, seconds: float, words: str) -> None:
+    play = streamrig.Play(streamrig.Rig("", "", None, None), Plan(small(tmp_path)), 1)
+    play.seconds, play.cpu_frames, play.cpu_seconds = seconds, 50, 0.2
+    console = Console(file=io.StringIO(), width=200)
+    assert stream._report(console, play) == []
+    assert words in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 # --- one stream
@@ -410,7 +421,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, number: int, code: i
             if "1 stream of 60.0 s, in real time" in line:
                 break
         family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) == 2, said
+        assert len(family) == 3, said  # a trickle server, a worker, and what answers for the worker
         worker = next(child for child in family if "serve" in child.cmdline())
         until = time.monotonic() + 20
         while worker.num_threads() < 5 and time.monotonic() < until:  # a stream's threads: it is being played

@@ -93,7 +93,32 @@ def stranger() -> Iterator[tuple[str, list[bytes]]]:
         thread.join()
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b'{"rows": [{}]}', b'{"rows": 3}', b'{"other": 1}', b"\xff"])
+ROW = {"second": 1_700_000_000, "name": "s", "frames": 1, "batches": 1} | dict.fromkeys(
+    ("compute_seconds", "copy_seconds", "queue_seconds"), 0.5
+)
+WRONG = (
+    *({"second": "x"}, {"second": 10**400}, {"second": -1}, {"name": 3}, {"name": "\x1b[2J"}, {"name": "\ud800"}),
+    *({"frames": None}, {"frames": True}, {"batches": 1.5}),
+    *({"copy_seconds": [1]}, {"copy_seconds": 10**400}, {"copy_seconds": float("inf")}, {"copy_seconds": float("nan")}),
+)
+
+
+@pytest.mark.parametrize("kind", ["--csv", "--json", "-last=1"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_worker_whose_rows_have_other_types(
+    stranger: tuple[str, list[bytes]], wrong: dict[str, Any], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, says = stranger
+    says.append(json.dumps({"rows": [ROW]}).encode())
+    assert main(["usage", "-worker", url, kind]) == 0
+    says[0] = json.dumps({"rows": [ROW, ROW | wrong]}).encode()
+    assert main(["usage", "-worker", url, kind]) == 2
+    assert "GET /compute" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b'{"rows": [{}]}', b'{"rows": 3}', b'{"other": 1}', b"\xff", b"[" * 100_000]
+)
 def test_a_worker_that_is_none(
     stranger: tuple[str, list[bytes]], text: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,7 +128,7 @@ def test_a_rate_that_is_no_fraction_of_48_khz_does_not_add_up_to_a_gap() -> None
 def test_what_cannot_be_decoded_is_counted() -> None:
     single = mp2(1.0, [])
     transcoder = OpusTranscoder(MP2)
-    damaged = [AudioPacket(b"\x00" * 300, each.pts, MP2) if n == 5 else each for n, each in enumerate(single)]
+    damaged = [AudioPacket(b"\x55" * 300, each.pts, MP2) if n == 5 else each for n, each in enumerate(single)]
     packets = [out for each in damaged for out in transcoder.convert(each)] + transcoder.flush()
     assert transcoder.failures == 1
     assert packets[-1].pts > CLOCK + CLOCK // 2

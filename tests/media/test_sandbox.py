@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -411,6 +413,32 @@ def test_nothing_is_left_behind() -> None:
     assert psutil.Process().children() == children
 
 
+@pytest.mark.parametrize("room", range(4))
+def test_no_descriptors_no_decoder_and_none_is_lost(reader: SandboxedReader, room: int) -> None:
+    """A process takes two for the socket, one for the memory, and some for its start."""
+    data, files = Stream(3), psutil.Process().num_fds()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(int(each.name) for each in Path("/proc/self/fd").iterdir()) + 16, hard)
+    )
+    try:
+        while True:
+            held.append(os.dup(0))
+    except OSError:
+        for _ in range(room):
+            os.close(held.pop())
+    try:
+        with pytest.raises(DecoderFailed, match=r"no process can be started .*Too many open files"):
+            list(reader.feed(data))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for each in held:
+            os.close(each)
+    assert psutil.Process().num_fds() == files
+    assert len(frames(read(reader, data))) == 3, "and later there is one"
+
+
 def test_check() -> None:
     walls = sandbox.check()
     assert list(walls) == list(confine.WALLS)
@@ -425,6 +453,33 @@ def test_an_interpreter_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.raises(ConfigError, match="No such file"):
         sandbox.check()
+
+
+def test_a_process_with_fewer_walls_than_the_first_one_gets_nothing(
+    reader: SandboxedReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "_standing", {})
+    walls = sandbox.check()
+    assert sandbox._standing == walls
+    low = [wall for wall, why in walls.items() if not why]
+    monkeypatch.setitem(sandbox._standing, "namespaces", "")
+    monkeypatch.setattr(sandbox, "_spawn", _without_a_wall)
+    with pytest.raises(DecoderFailed, match=r"less confined than .* \(namespaces: not today\)"):
+        list(reader.feed(Stream(3)))
+    assert reader._cell is None, "it is gone"
+    monkeypatch.setitem(sandbox._standing, "namespaces", "not then either")
+    assert frames(read(reader, Stream(3))), "what did not stand at the start is known, and in the status"
+    assert set(low) >= {"limits", "privileges", "system calls"}
+
+
+def _without_a_wall(sock: int, memory: int, limits: Limits) -> subprocess.Popen[bytes]:
+    program = (
+        "import sys; from gpu_byoc.media import confine, sandboxed\n"
+        "confine._unshare = lambda libc: 'not today'\n"
+        "sys.exit(sandboxed.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, str(sock), str(memory), json.dumps(dataclasses.asdict(limits))]
+    return subprocess.Popen(command, pass_fds=(sock, memory))
 
 
 # --- a child that has been taken over
@@ -496,6 +551,27 @@ def test_a_child_that_lies_is_ended(messages: list[dict[str, Any]]) -> None:
     assert reasons(events)[-1] == "decoder"
     assert ended
     assert not frames(events)
+
+
+def test_an_answer_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "WORDS", 5)
+    sounds = [{"sound": [number, ["aac", 48_000, 2]]} for number in range(5)]
+    events, ended = told(*sounds[:4])
+    assert (len(events), ended) == (4, False)
+    events, ended = told(*sounds)
+    assert reasons(events) == ["decoder"]
+    assert ended
+
+
+def test_time_stamps_of_one_that_lies_again_and_again_stay_within_64_bits() -> None:
+    reader, last = SandboxedReader(SMALL), 0
+    for _ in range(1000):
+        reader._cell = Impostor({"info": INFO}, {"frame": [-wire.FAR, True]}, {"frame": [wire.FAR, True]})  # type: ignore[assignment]
+        reader._shift = None if reader._last else 0
+        reader._failures.clear()
+        (*_, frame) = frames(list(reader.feed(b"x")))
+        assert last < frame.pts < 1 << 63
+        last = frame.pts
 
 
 def test_a_child_that_does_not_lie_is_believed() -> None:

@@ -10,7 +10,12 @@ Labels = frozenset[tuple[str, str]]
 
 
 class Scrape(dict[str, dict[Labels, float]]):
-    """Values by name of the sample (``byoc_errors_total``, ``..._bucket``), then by labels."""
+    """Values by name of the sample (``byoc_errors_total``, ``..._bucket``), then by labels. ``families`` has the names
+    of all metrics, also of those that have no sample yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.families: set[str] = set()
 
     def value(self, name: str, **labels: str) -> float:
         return self[name][frozenset(labels.items())]
@@ -30,6 +35,7 @@ async def scrape(r: Running) -> Scrape:
         text = await answer.text()
     found = Scrape()
     for family in text_string_to_metric_families(text):
+        found.families.add(family.name + ("_total" if family.type == "counter" else ""))
         for sample in family.samples:
             found.setdefault(sample.name, {})[frozenset(sample.labels.items())] = sample.value
     return found

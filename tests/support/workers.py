@@ -70,6 +70,14 @@ async def running(processor: Processor, engine: EngineConfig | None = None, **co
             await asyncio.to_thread(opened.close)
 
 
+@contextlib.asynccontextmanager
+async def another(r: Running, address: str = "127.0.0.2") -> AsyncIterator[Running]:
+    """The same worker, called from another address."""
+    connector = aiohttp.TCPConnector(local_addr=(address, 0))
+    async with aiohttp.ClientSession(connector=connector) as session:
+        yield Running(r.worker, session, r.url, r.port, r.listener)
+
+
 def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     """An async test on a fresh event loop in debug mode, where a forgotten await is a warning and so an error."""
     import functools

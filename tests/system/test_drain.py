@@ -297,6 +297,45 @@ def test_an_output_that_nobody_takes_is_given_up(signals: int) -> None:
     go()
 
 
+@asynchronous
+async def test_a_deaf_output_holds_up_neither_jobs_nor_another_stream() -> None:
+    """All at once, with jobs on four connections: exit 0 in time, and the last line says it of each stream."""
+    waiting: list[asyncio.StreamWriter] = []
+
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        waiting.append(writer)
+
+    deaf = await asyncio.start_server(never, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{deaf.sockets[0].getsockname()[1]}/out"
+    async with setup("--lossless", "yes") as s:
+        await s.start("deaf", publish_url=url)
+        await s.start("good")
+        shown = asyncio.create_task(s.watch("good-out"))
+        async with (
+            Publisher(s.session, s.base + "deaf", "video/MP2T") as first,
+            Publisher(s.session, s.base + "good", "video/MP2T") as second,
+        ):
+            with load(s.port, 4) as jobs:
+                await asyncio.to_thread(jobs.going.wait, 30)
+                await first.send(live_stream(20, first=90_000, gop=20))
+                await second.send(live_stream(50, first=90_000, gop=25))
+                await s.until_in(70)
+                s.worker.popen.send_signal(signal.SIGTERM)
+                code, seconds = await exit_of(s.worker)
+        assert code == 0
+        assert seconds < BUDGET
+        assert jobs.cut == []
+        async with asyncio.timeout(20):
+            assert len(frames(await shown)) == 50
+        assert "stopped: 0 jobs unfinished, 1 streams cut off" in last_line(s.worker)
+        assert "stream deaf: 0 frames flushed, 20 dropped" in last_line(s.worker)
+        assert re.search(r"stream good: \d+ frames flushed, 0 dropped", last_line(s.worker))
+    deaf.close()
+    for each in waiting:
+        each.transport.abort()
+
+
 def test_a_processor_that_is_stuck_ends_the_process_with_a_status_of_its_own(tmp_path: Path) -> None:
     port = free_port()
     file = tmp_path / "stuck.py"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import pytest
 from gpu_byoc.config import RegistrationConfig, SecurityConfig
 from gpu_byoc.core.cursor import Backoff
 from gpu_byoc.errors import ChannelClosed
+from gpu_byoc.media import sandbox
 from gpu_byoc.processors.passthrough import Passthrough
 from gpu_byoc.transport.trickle_client import Publisher, open_session
 from tests.support.clips import TICKS, frames, live_stream
@@ -261,6 +263,35 @@ async def test_a_stream_whose_decoder_is_killed_goes_on_with_its_next_keyframe()
         assert len(frames(other.media)) == 40, "the other one did not notice"
         assert errors(other) == []
         assert await metric(r, 'byoc_errors_total{type="decoder_failed"} 1.0')
+
+
+@asynchronous
+async def test_without_a_process_to_decode_it_a_stream_fails_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with rig(Passthrough(), security=SecurityConfig(sandbox_decode=True)) as r:
+        for name in "ab":
+            r.create(name)
+        await r.call("stream/start", r.urls("b"))
+        await publish(r, "b", clip(5, 1), close=False)
+        await r.worker.until(lambda: r.stream("b").session.frames_in == 5)
+
+        def exhausted(*_: object) -> None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+        monkeypatch.setattr(sandbox, "_spawn", exhausted)
+        async with watching(r, "a") as viewer:
+            await r.call("stream/start", r.urls("a"))
+            await r.worker.until(lambda: len(r.worker.worker.streams) == 1)
+            await r.worker.until(lambda: bool(beats(viewer)) and beats(viewer)[-1]["state"] == "failed")
+        (reason,) = [each["event"]["reason"] for each in viewer.events if each["event"]["type"] == "stream_stopped"]
+        assert reason.endswith("Resource temporarily unavailable")
+        assert "internal error" not in caplog.text
+        assert "Traceback" not in caplog.text
+        await publish(r, "b", clip(5, 2))
+        await r.until_over()
+        assert await metric(r, 'byoc_streams_ended_total{state="failed"} 1.0')
+        assert await metric(r, 'byoc_streams_ended_total{state="ended"} 1.0')
 
 
 @asynchronous

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import http.client
+import itertools
+import os
+import resource
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from gpu_byoc.transport import door as the_door
-from gpu_byoc.transport import listen
+from gpu_byoc.transport import doorman, listen
 from gpu_byoc.transport.door import Door
+from gpu_byoc.transport.doorman import Bounds
 from gpu_byoc.transport.listen import bind, port_of
 from tests.support.workers import asynchronous
+
+both = pytest.mark.parametrize("process", [False, True], ids=["thread", "doorman"])
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -34,6 +45,8 @@ class House:
     slow: threading.Event | None = None  # the next answer waits for it
     asking: threading.Event = field(default_factory=threading.Event)
     inside: asyncio.Event = field(default_factory=asyncio.Event)
+    alone: list[str] = field(default_factory=list)
+    status: bytes = b"IDLE"
 
     async def say(self, data: bytes) -> bytes:
         """Everything that comes back until the other side closes."""
@@ -46,7 +59,9 @@ class House:
 
 
 @contextlib.asynccontextmanager
-async def house(most: int = 8) -> AsyncIterator[House]:
+async def house(most: int = 8, process: bool = False, bounds: Bounds | None = None) -> AsyncIterator[House]:
+    """``process``: with a doorman."""
+
     async def echo(request: web.Request) -> web.Response:
         here.inside.set()
         body = await request.read()
@@ -54,19 +69,21 @@ async def house(most: int = 8) -> AsyncIterator[House]:
             await here.hold.wait()
         return web.Response(text=f"{request.path_qs} {len(body)}")
 
-    def answer(target: str) -> tuple[int, bytes] | None:
+    def answer(target: str) -> tuple[int, bytes]:
         here.asked.append(target)
         here.asking.set()
         if here.slow is not None:
             assert here.slow.wait(20)
-        return (200, b'{"status": "IDLE"}') if target == "/health" else None
+        return (200, b'{"status": "%s"}' % here.status)
 
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", echo)
     sock = bind("127.0.0.1", 0)
     lost = asyncio.Event()
-    door = Door(app, sock, answer, most, shutdown=1.0, lost=lost.set)
-    here = House(door, port_of(sock), lost)
+    told: list[str] = []
+    door = Door(app, sock, answer, most, 1.0, lost.set, told.append if process else None, bounds)
+    here = House(door, port_of(sock), lost, alone=told)
+    before = descriptors()
     await door.start()
     try:
         yield here
@@ -76,11 +93,24 @@ async def house(most: int = 8) -> AsyncIterator[House]:
         sock.close()
     assert door.inside == 0
     assert door.waiting == 0
+    assert descriptors() <= before
+    assert not any(thread.name == "door" for thread in threading.enumerate())
 
 
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+async def until(h: House, waiting: int) -> None:
+    async with asyncio.timeout(20):
+        while h.door.waiting != waiting:  # noqa: ASYNC110 - counted, not announced
+            await asyncio.sleep(0.002)
+
+
+@both
 @asynchronous
-async def test_health_is_answered_while_the_event_loop_does_something_else() -> None:
-    async with house() as h:
+async def test_health_is_answered_while_the_event_loop_does_something_else(process: bool) -> None:
+    async with house(process=process) as h:
         answers: list[bytes] = []
 
         def ask() -> None:
@@ -98,9 +128,10 @@ async def test_health_is_answered_while_the_event_loop_does_something_else() -> 
         )
 
 
+@both
 @asynchronous
-async def test_everything_else_comes_in_untouched() -> None:
-    async with house() as h:
+async def test_everything_else_comes_in_untouched(process: bool) -> None:
+    async with house(process=process) as h:
         close = b"Connection: close\r\n"
         for head, body, expected in (
             (b"POST /job HTTP/1.1\r\nHost: x\r\nContent-Length: 70000\r\n", bytes(70000), b"/job 70000"),
@@ -114,9 +145,10 @@ async def test_everything_else_comes_in_untouched() -> None:
         assert (await h.say(b"nonsense\r\n\r\n")).startswith(b"HTTP/1.0 400")
 
 
+@both
 @asynchronous
-async def test_a_head_in_pieces_a_question_after_an_answer_and_http_1_0() -> None:
-    async with house() as h:
+async def test_a_head_in_pieces_a_question_after_an_answer_and_http_1_0(process: bool) -> None:
+    async with house(process=process) as h:
         reader, writer = await asyncio.open_connection("127.0.0.1", h.port)
         for piece in (HEALTH[:7], HEALTH[7:20], HEALTH[20:]):
             writer.write(piece)
@@ -132,9 +164,38 @@ async def test_a_head_in_pieces_a_question_after_an_answer_and_http_1_0() -> Non
         assert answer.endswith(b"}")
 
 
+@pytest.mark.parametrize("line", [b"Connection:close", b"connection: TE, Close", b"Connection:\tclose"])
 @asynchronous
-async def test_one_connection_too_many_is_told_so_and_health_is_not_counted() -> None:
-    async with house(most=1) as h:
+async def test_who_wants_the_connection_closed_may_write_it_in_any_way(line: bytes) -> None:
+    async with house() as h, asyncio.timeout(20):
+        assert b"Connection: close\r\n" in await h.say(HEALTH.replace(b"Host: x", line))
+
+
+@both
+@asynchronous
+async def test_no_program_that_is_started_gets_a_connection(process: bool) -> None:
+    async with house(process=process) as h:
+        before = inherited()
+        writer = await come_in(h, "127.0.0.1")
+        assert inherited() == before
+        writer.close()
+        await writer.wait_closed()
+
+
+def inherited() -> set[int]:
+    """Descriptors of this process that a program in C passes on."""
+    found = set()
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # what listed them
+            if os.get_inheritable(int(each.name)):
+                found.add(int(each.name))
+    return found
+
+
+@both
+@asynchronous
+async def test_one_connection_too_many_is_told_so_and_health_is_not_counted(process: bool) -> None:
+    async with house(process=process, most=1) as h:
         _, writer = await asyncio.open_connection("127.0.0.1", h.port)
         writer.write(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
         await h.inside.wait()
@@ -153,24 +214,74 @@ async def test_one_connection_too_many_is_told_so_and_health_is_not_counted() ->
         assert answer.endswith(b"/next 0")
 
 
+async def come_in(h: House, address: str) -> asyncio.StreamWriter:
+    """A connection from ``address`` that is inside when this returns, and stays."""
+    _, writer = await asyncio.open_connection("127.0.0.1", h.port, local_addr=(address, 0))
+    h.inside.clear()
+    writer.write(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
+    async with asyncio.timeout(20):
+        await h.inside.wait()
+    return writer
+
+
+@both
 @asynchronous
-async def test_who_says_nothing_is_shown_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(the_door, "HEAD_SECONDS", 0.05)
-    monkeypatch.setattr(the_door, "SWEEP", 0.02)
-    async with house() as h:
+async def test_one_address_cannot_take_all_places(process: bool) -> None:
+    async with house(process=process, most=5) as h:
+        writers = [await come_in(h, "127.0.0.1") for _ in range(3)]
+        answer = await h.say(b"GET /more HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"3 connections of your address" in answer
+        assert b"Retry-After: 1\r\n" in answer
+        writers += [await come_in(h, "127.0.0.2") for _ in range(2)]
+        assert (h.door.inside, h.door.refused) == (5, 1)
+        assert b"5 connections are open" in await h.say(b"GET /more HTTP/1.1\r\nHost: x\r\n\r\n")
+        for writer in writers[:1]:
+            writer.close()
+            await writer.wait_closed()
+        async with asyncio.timeout(20):
+            while h.door.inside == 5:  # noqa: ASYNC110 - counted, not announced
+                await asyncio.sleep(0.002)
+        answer = await h.say(b"GET /next HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert answer.endswith(b"/next 0"), "its place is its own again"
+        for writer in writers[1:]:
+            writer.close()
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("10.0.0.1", "10.0.0.2", False),
+        ("10.0.0.1", "::ffff:10.0.0.1", True),
+        ("127.0.0.1", "::1", False),
+        ("2001:db8:1:2::1", "2001:db8:1:2:ffff::", True),  # a household, or one machine
+        ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
+        ("fe80::1%eth0", "fe80::1", True),
+    ],
+)
+def test_whose_connections_are_counted_together(one: str, other: str, same: bool) -> None:
+    assert (the_door.client((one, 1)) == the_door.client((other, 2, 0, 0))) == same
+
+
+@both
+@asynchronous
+async def test_who_says_nothing_is_shown_out(process: bool) -> None:
+    async with house(process=process, bounds=Bounds(head=0.05, sweep=0.02)) as h:
+        asked = len(h.asked)
         assert await h.say(b"") == b""
         assert (await h.say(b"GET /heal")).startswith(b"HTTP/1.1 408")
-        assert h.asked == []
+        assert process or len(h.asked) == asked
 
 
+@both
 @asynchronous
-async def test_only_so_many_wait_at_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(the_door, "AT_THE_DOOR", 3)
-    async with house() as h:
+async def test_only_so_many_wait_at_the_door(process: bool) -> None:
+    async with house(process=process, bounds=Bounds(most=3)) as h:
         waiting = [await asyncio.open_connection("127.0.0.1", h.port) for _ in range(4)]
         async with asyncio.timeout(20):
             assert await waiting[0][0].read() == b"", "the oldest made room"
-        assert h.door.waiting == 3
+        await until(h, 3)
         waiting[3][1].write(HEALTH)
         assert (await waiting[3][0].readuntil(b"}")).startswith(b"HTTP/1.1 200")
         for _, writer in waiting:
@@ -178,9 +289,10 @@ async def test_only_so_many_wait_at_the_door(monkeypatch: pytest.MonkeyPatch) ->
             await writer.wait_closed()
 
 
+@both
 @asynchronous
-async def test_who_leaves_in_the_middle_of_a_head_costs_nothing() -> None:
-    async with house() as h:
+async def test_who_leaves_in_the_middle_of_a_head_costs_nothing(process: bool) -> None:
+    async with house(process=process) as h:
         client = socket.create_connection(("127.0.0.1", h.port))
         client.sendall(b"POST /jo")
         client.shutdown(socket.SHUT_WR)
@@ -193,15 +305,12 @@ async def test_who_leaves_in_the_middle_of_a_head_costs_nothing() -> None:
 
 
 @asynchronous
-async def test_who_made_room_a_moment_ago_may_have_said_something(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_made_room_a_moment_ago_may_have_said_something() -> None:
     """One round of the door's has both: a newcomer for whom the oldest has to go, and the oldest's own words."""
-    monkeypatch.setattr(the_door, "AT_THE_DOOR", 2)
-    async with house() as h:
+    async with house(bounds=Bounds(most=2)) as h:
         h.slow = threading.Event()
         oldest, other = [socket.create_connection(("127.0.0.1", h.port), timeout=20) for _ in range(2)]
-        async with asyncio.timeout(20):
-            while h.door.waiting < 2:  # noqa: ASYNC110 - counted, not announced
-                await asyncio.sleep(0.002)
+        await until(h, 2)
         other.sendall(HEALTH)
         assert await asyncio.to_thread(h.asking.wait, 20)
         newcomer = socket.create_connection(("127.0.0.1", h.port), timeout=20)
@@ -226,21 +335,21 @@ async def test_who_hangs_up_while_the_answer_is_found_costs_nothing() -> None:
         assert (await h.say(HEALTH.replace(b"1.1", b"1.0"))).startswith(b"HTTP/1.1 200")
 
 
+@both
 @asynchronous
-async def test_a_head_without_end_takes_no_seat() -> None:
+async def test_a_head_without_end_takes_no_seat(process: bool) -> None:
     """Inside, nobody would wait for its end with a clock in the hand."""
-    async with house() as h:
-        lines = b"".join(b"X-%d: %s\r\n" % (i, b"x" * 8000) for i in range(the_door.PEEK // 8000 + 1))
+    async with house(process=process) as h:
+        lines = b"".join(b"X-%d: %s\r\n" % (i, b"x" * 8000) for i in range(doorman.PEEK // 8000 + 1))
         answer = await h.say(b"POST /job HTTP/1.1\r\nHost: x\r\n" + lines)
         assert answer.startswith(b"HTTP/1.1 431 "), answer[:100]
         assert not h.inside.is_set()
 
 
+@both
 @asynchronous
-async def test_the_second_head_on_a_connection_has_no_more_time_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(the_door, "HEAD_SECONDS", 0.1)
-    monkeypatch.setattr(the_door, "SWEEP", 0.02)
-    async with house() as h:
+async def test_the_second_head_on_a_connection_has_no_more_time_than_the_first(process: bool) -> None:
+    async with house(process=process, bounds=Bounds(head=0.1, sweep=0.02)) as h:
         assert b"HTTP/1.1 408" in await h.say(HEALTH + b"GET /heal")
 
 
@@ -255,9 +364,199 @@ async def test_a_connection_inside_is_not_kept_for_ever(monkeypatch: pytest.Monk
 @asynchronous
 async def test_a_door_that_fell_in_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     async with house() as h:
-        monkeypatch.setattr(h.door, "_sweep", lambda: 1 / 0)
+        monkeypatch.setattr(h.door._lobby, "_heard", lambda *_: 1 / 0)
         with contextlib.suppress(OSError):  # it ends without a word
             await h.say(HEALTH)
         async with asyncio.timeout(20):
             await h.lost.wait()
     assert "ZeroDivisionError" in caplog.text
+
+
+# --- with a doorman
+
+ASKER = """
+import socket, sys, time
+for _ in range(int(sys.argv[2])):
+    time.sleep(0.05)
+    with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=20) as client:
+        client.sendall(b"GET /health HTTP/1.0\\r\\n\\r\\n")
+        answer = b""
+        while part := client.recv(4096):
+            answer += part
+    print(answer.split()[1].decode(), flush=True)
+"""
+
+
+async def asked_elsewhere(h: House, times: int, keep: float) -> list[str]:
+    """The status of each answer to one who asks 20 times a second, while C code keeps the interpreter's lock for
+    ``keep`` seconds, from the first answer on."""
+    command = [sys.executable, "-I", "-S", "-c", ASKER, str(h.port), str(times)]
+    asker = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert asker.stdout is not None
+    first = await asker.stdout.readline()
+    ctypes.PyDLL(None).usleep(int(keep * 1e6))
+    async with asyncio.timeout(20):
+        rest = await asker.stdout.read()
+        await asker.wait()
+    return [first.decode().strip(), *rest.decode().split()]
+
+
+async def successor(h: House, pid: int) -> int:
+    async with asyncio.timeout(20):
+        while h.door.doorman in (pid, None):  # noqa: ASYNC110 - it starts on another thread
+            await asyncio.sleep(0.002)
+    assert h.door.doorman is not None
+    return h.door.doorman
+
+
+async def doorman_of(h: House) -> int:
+    """Its process, once it has answered."""
+    assert (await h.say(HEALTH.replace(b"1.1", b"1.0"))).startswith(b"HTTP/1.1 200")
+    assert h.door.doorman is not None
+    return h.door.doorman
+
+
+@asynchronous
+async def test_health_is_answered_while_c_code_keeps_the_interpreter() -> None:
+    async with house(process=True) as h:
+        began = time.monotonic()
+        assert await asked_elsewhere(h, 20, keep=2.0) == ["200"] * 20
+        assert time.monotonic() - began >= 2.0
+
+
+@asynchronous
+async def test_a_worker_that_is_silent_for_too_long_is_an_error_until_it_is_heard_of() -> None:
+    async with house(process=True, bounds=Bounds(silence=0.6)) as h:
+        answers = await asked_elsewhere(h, 30, keep=2.0)
+        turns = [status for status, _ in itertools.groupby(answers)]
+        assert turns[:2] == ["200", "503"]
+        assert (await h.say(HEALTH.replace(b"1.1", b"1.0"))).startswith(b"HTTP/1.1 200")
+
+
+@asynchronous
+async def test_an_answer_is_never_older_than_the_question() -> None:
+    async with house(process=True, bounds=Bounds(fresh=20.0)) as h:
+        for number in range(200):
+            h.status = b"%d" % number
+            answer = await h.say(HEALTH.replace(b"1.1", b"1.0"))
+            assert answer.endswith(b'{"status": "%d"}' % number)
+
+
+@asynchronous
+async def test_a_doorman_that_is_killed_has_a_successor_and_who_waits_outside_is_let_in() -> None:
+    async with house(most=100, process=True) as h:
+        pid = await doorman_of(h)
+        reader, writer = await asyncio.open_connection("127.0.0.1", h.port)
+        await until(h, 1)
+        os.kill(pid, signal.SIGSTOP)
+        outside = [asyncio.create_task(h.say(b"GET /%d HTTP/1.0\r\n\r\n" % number)) for number in range(20)]
+        health = asyncio.create_task(h.say(HEALTH.replace(b"1.1", b"1.0")))
+        await asyncio.sleep(0.05)
+        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b"", "it was with the one that died"
+        writer.close()
+        async with asyncio.timeout(20):
+            for number, each in enumerate(outside):
+                assert (await each).endswith(b"/%d 0" % number)
+            assert (await health).startswith(b"HTTP/1.1 200")
+        assert h.door.doorman != pid
+        assert h.door.deaths == 1
+        assert h.alone == []
+
+
+@asynchronous
+async def test_a_doorman_that_dies_and_dies_is_done_without(caplog: pytest.LogCaptureFixture) -> None:
+    async with house(process=True) as h:
+        pid = await doorman_of(h)
+        for _ in range(2):
+            os.kill(pid, signal.SIGKILL)
+            pid = await successor(h, pid)
+        os.kill(pid, signal.SIGKILL)
+        assert (await h.say(b"GET /after HTTP/1.0\r\n\r\n")).endswith(b"/after 0")
+        assert (await h.say(HEALTH.replace(b"1.1", b"1.0"))).startswith(b"HTTP/1.1 200")
+        assert h.door.doorman is None
+        (why,) = h.alone
+        assert "3 times" in why
+        assert caplog.text.count("no doorman") == 1
+
+
+@asynchronous
+async def test_without_a_process_the_thread_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    async with house(process=True) as h:
+        assert (await h.say(HEALTH.replace(b"1.1", b"1.0"))).startswith(b"HTTP/1.1 200")
+        assert h.door.doorman is None
+        (why,) = h.alone
+        assert "/nowhere/python" in why
+
+
+@asynchronous
+async def test_signals_to_the_whole_group_do_not_end_the_doorman() -> None:
+    async with house(process=True) as h:
+        pid = await doorman_of(h)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pid, number)
+            assert await doorman_of(h) == pid
+
+
+@asynchronous
+async def test_more_than_the_pair_takes_waits_for_the_worker() -> None:
+    async with house(most=2000, process=True, bounds=Bounds(most=1000)) as h:
+        await doorman_of(h)
+        h.slow = threading.Event()
+        h.asking.clear()
+        assert await asyncio.to_thread(h.asking.wait, 20)  # the next beat: from here on nobody takes them
+        clients = [socket.create_connection(("127.0.0.1", h.port), timeout=20) for _ in range(600)]
+        for client in clients:
+            client.sendall(b"GET /one HTTP/1.0\r\n\r\n")
+        await asyncio.sleep(0.2)
+        h.slow.set()
+        for client in clients:
+            assert (await asyncio.to_thread(client.recv, 4096)).startswith(b"HTTP/1.0 200")
+            client.close()
+
+
+@asynchronous
+async def test_a_worker_out_of_descriptors_cuts_one_off_and_goes_on() -> None:
+    async with house(process=True) as h:
+        await doorman_of(h)
+        client = socket.create_connection(("127.0.0.1", h.port), timeout=20)
+        await until(h, 1)
+        free = os.dup(0)
+        os.close(free)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            client.sendall(b"GET /job HTTP/1.1\r\nHost: x\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.get_running_loop().run_in_executor(None, client.recv, 100) == b""
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            client.close()
+        assert h.door.refused == 1
+        assert (await h.say(b"GET /next HTTP/1.0\r\n\r\n")).endswith(b"/next 0")
+
+
+def test_a_doorman_remembers_nobody_who_had_to_go_while_its_worker_stood_still() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # room for a few
+    with bind("127.0.0.1", 0) as listener, ours, theirs:
+        ours.send(doorman.packed(0, [(200, b"{}")] * 2))
+        the_doorman = doorman.Doorman(listener, theirs, Bounds(most=3))
+        for _ in range(30):
+            with socket.create_connection(("127.0.0.1", port_of(listener)), timeout=20) as client:
+                client.sendall(b"GET /job HTTP/1.1\r\n\r\n")
+                the_doorman._lobby.turn(20)
+        assert 1 <= len(the_doorman._entering) <= 4
+        the_doorman._lobby.close()
+
+
+def test_a_doorman_whose_worker_is_gone_ends_even_where_a_fork_of_it_has_the_pair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with bind("127.0.0.1", 0) as listener, ours, theirs:
+        monkeypatch.setattr(os, "getpid", lambda: 1 << 30)  # which is not who starts it
+        process = the_door._spawn(listener.fileno(), theirs.fileno(), Bounds())
+        assert process.wait(20) == 0

@@ -115,6 +115,21 @@ async def test_closed_on_a_200_with_a_text_is_the_end_and_no_segment() -> None:
 
 
 @asynchronous
+@pytest.mark.parametrize("reason", ["", " ", " status code 470"])
+async def test_470_with_and_without_a_reason_phrase(reason: str) -> None:
+    async def script(method: str, path: str, wire: Wire) -> None:
+        if path == "/c/3":
+            head = f"HTTP/1.1 470{reason}\r\nLp-Trickle-Latest: 7\r\nLp-Trickle-Seq: 3\r\nContent-Length: 16\r\n\r\n"
+            await wire.send(head.encode() + b"Entry not found\n")
+        else:
+            await wire.send(reply(200, b"x", Lp_Trickle_Seq=7))
+
+    async with scripted(script) as url, open_session() as session, Subscriber(session, url, 3) as segments:
+        got = await anext(segments)
+        assert (got.seq, got.skipped, await got.read()) == (7, 4, b"x")
+
+
+@asynchronous
 async def test_who_is_too_slow_jumps_and_counts() -> None:
     async with running("a") as at, Subscriber(at.session, at.url + "a", 0) as segments:
         await at.post("a/0", b"0")
@@ -266,6 +281,56 @@ async def test_a_publisher_goes_on_where_the_one_before_left_and_releases_its_re
             assert await reader.body({}) == b"half"
             assert await publisher.send(b"x") == 7
         await at.waiting(0)
+
+
+@asynchronous
+@pytest.mark.parametrize("cut", [True, False])
+async def test_readers_follow_a_publisher_that_starts_over_without_waiting_for_the_ring_to_turn(cut: bool) -> None:
+    read: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def follow() -> None:
+        async with Subscriber(at.session, at.url + "a", 0) as segments:
+            async for segment in segments:
+                async for chunk in segment:
+                    read.put_nowait(chunk)
+
+    async with running("a") as at, asyncio.timeout(20):
+        reading = asyncio.create_task(follow())
+        async with Publisher(at.session, at.url + "a", "video/MP2T", first=0) as publisher:
+            for _ in range(2):
+                await publisher.send(b"old")
+                assert await read.get() == b"old"
+            if cut:
+                await (await publisher.open()).write(b"half")
+                assert await read.get() == b"half"
+        async with Publisher(at.session, at.url + "a", "video/MP2T", first=0) as publisher:
+            await publisher.send(b"new")
+            await at.waiting(2)  # for 1: the publisher, which has opened it, and the reader
+            for index in range(1, 4):
+                assert await publisher.send(b"new%d" % index) == index
+                assert await read.get() == b"new%d" % index
+        at.hub.delete("a")
+        await reading
+
+
+@asynchronous
+async def test_interim_answers_are_waited_through() -> None:
+    """As go-livepeer's server sends them while a body brings nothing."""
+    bodies: list[bytes] = []
+
+    async def script(method: str, path: str, wire: Wire) -> None:
+        for _ in range(3):
+            await wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        bodies.append(await wire.body({}))
+        await wire.send(reply(200, Lp_Trickle_Seq=path[-1]))
+
+    async with (
+        scripted(script) as url,
+        open_session() as session,
+        Publisher(session, url, "video/MP2T", first=0) as publisher,
+    ):
+        assert [await publisher.send(data) for data in (b"x", b"y")] == [0, 1]
+    assert bodies == [b"x", b"y"]
 
 
 @asynchronous
@@ -628,7 +693,7 @@ async def test_certificates_are_verified_unless_asked_not_to(certificate: Path) 
     async with await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context) as listener:
         url = f"https://127.0.0.1:{listener.sockets[0].getsockname()[1]}/c"
         async with open_session() as session, Subscriber(session, url, backoff=QUICK) as segments:
-            with pytest.raises(ChannelFailed, match="self-signed certificate"):
+            with pytest.raises(ChannelFailed, match=r"self-signed certificate.*--insecure"):
                 await anext(segments)
         async with open_session(tls=False) as session, Subscriber(session, url, backoff=QUICK) as segments:
             assert await (await anext(segments)).read() == b"x"

@@ -716,6 +716,7 @@ async def _once(url: str) -> None:
             assert await answer.read() == b"hello"
 
 
-def test_the_command_refuses_bounds_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="--max-segment-mb"):
-        trickle_server.main(["--max-segment-mb", "20", "--max-channel-mb", "10"])
+@pytest.mark.parametrize("arguments", ["--max-segment-mb 20 --max-channel-mb 10", "--port 65536", "--port -1"])
+def test_the_command_refuses_numbers_that_cannot_be(arguments: str) -> None:
+    with pytest.raises(ConfigError, match=arguments.split()[0]):
+        trickle_server.main(arguments.split())

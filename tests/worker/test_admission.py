@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import re
 import threading
+import time
 import urllib.request
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from gpu_byoc.config import EngineConfig, ServeConfig
+from gpu_byoc.config import EngineConfig, SecurityConfig, ServeConfig
+from gpu_byoc.core.errorbudget import LEAST, SECONDS
+from gpu_byoc.core.pace import BURST
 from gpu_byoc.processor import ArrayProcessor
+from gpu_byoc.worker.admission import KEPT, Suspects
 from gpu_byoc.worker.limits import bounds
 from tests.support.processes import free_port, post
 from tests.support.processes import running as process
 from tests.support.streams import Gate, clip, publish, rig
-from tests.support.workers import Running, asynchronous, running
+from tests.support.workers import Running, another, asynchronous, running
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
@@ -37,14 +38,6 @@ class Turnstile(ArrayProcessor):
         assert self.turns.acquire(timeout=20)
         self.seen.append(int(batch.flat[0]))
         return batch
-
-
-@contextlib.asynccontextmanager
-async def another(r: Running, address: str = "127.0.0.2") -> AsyncIterator[Running]:
-    """The same worker, called from another address."""
-    connector = aiohttp.TCPConnector(local_addr=(address, 0))
-    async with aiohttp.ClientSession(connector=connector) as session:
-        yield Running(r.worker, session, r.url, r.port, r.listener)
 
 
 def waiting(r: Running) -> int:
@@ -149,6 +142,94 @@ async def test_one_more_stream_is_refused_while_those_that_run_are_late() -> Non
         await sending
         await r.worker.until(lambda: streams._waits() <= 0.1)
         assert (await r.call("stream/start", r.urls("b")))[0] == 200
+
+
+@asynchronous
+async def test_updates_by_http_come_at_the_pace_of_the_control_channel() -> None:
+    rate = 10
+    async with rig(security=SecurityConfig(max_update_rate=rate)) as r:
+        r.create("s")
+        assert (await r.call("stream/start", r.urls("s")))[0] == 200
+        stream, began = r.stream("s"), time.monotonic()
+
+        async def update(boost: int) -> tuple[int, Any, bytes]:
+            path = ("/stream/update", "/stream/params")[boost % 2]
+            return await r.worker.post(b'{"boost": %d}' % boost, path, Content_Type="application/json")
+
+        answers = [await update(boost) for boost in range(100)]
+        heard = [boost for boost, (status, *_) in enumerate(answers) if status == 200]
+        most = int(rate * (time.monotonic() - began + BURST)) + 1
+        assert 0 < len(heard) <= most
+        late = [(status, headers["Retry-After"]) for status, headers, _ in answers if status != 200]
+        assert len(late) >= 100 - most
+        assert set(late) <= {(503, "1")}
+        assert stream.params.processor.boost == heard[-1], "one that is refused changes nothing"
+        assert stream.session.problems["control_rate"] == len(late)
+
+
+class Touchy(ArrayProcessor):
+    """Raises on frames that begin with 255. ``met``: how many of those and of others were in each batch."""
+
+    def __init__(self) -> None:
+        self.met: list[tuple[int, int]] = []
+        self.entered, self.gate = threading.Event(), threading.Event()
+
+    def process_batch(self, batch: Any, params: Any, xp: Any) -> Any:
+        bad = int((batch.reshape(len(batch), -1)[:, 0] == 255).sum())
+        self.met.append((bad, len(batch) - bad))
+        self.entered.set()
+        assert self.gate.wait(20)
+        if bad:
+            raise ValueError("touched")
+        return batch
+
+
+@asynchronous
+async def test_who_sends_poison_is_computed_alone() -> None:
+    """After fifty jobs that failed no batch has both its frames and another client's; it is still served."""
+    touchy, poison, fine = Touchy(), b"\xff\xff\xff", bytes(3)
+    async with running(touchy, EngineConfig(slots=32, max_batch=8), slot_wait=20) as bad, another(bad) as good:
+        assert bad.worker.engine is not None
+        (engine,) = bad.worker.engine.engines
+        touchy.gate.set()
+        for _ in range(LEAST):
+            assert (await bad.post(poison))[0] == 500
+        assert bad.worker.suspects.found == 1
+        assert (await bad.post(fine))[0] == 200
+        touchy.gate.clear()
+        touchy.entered.clear()
+        touchy.met.clear()
+        retried = engine.left()["retry"]
+        first = asyncio.create_task(good.post(fine))
+        await asyncio.to_thread(touchy.entered.wait, 20)
+        jobs = [asyncio.create_task(each.post(data)) for _ in range(8) for each, data in ((bad, poison), (good, fine))]
+        await bad.until(lambda: engine.batcher.waiting == 16)
+        touchy.gate.set()
+        assert [(await job)[0] for job in jobs] == [500, 200] * 8
+        assert (await first)[0] == 200
+        assert touchy.met.count((1, 0)) == 8
+        assert all(not bad or not fine for bad, fine in touchy.met)
+        assert sum(fine for _, fine in touchy.met) == 9, "each of the others' frames is computed once"
+        assert engine.left()["retry"] == retried
+        metrics = await (await good.session.get(good.url + "/metrics")).text()
+        assert "byoc_clients_set_apart_total 1.0" in metrics
+
+
+def test_who_is_set_apart_and_for_how_long() -> None:
+    suspects = Suspects(0.5)
+    for number in range(2 * LEAST):
+        suspects.ran("mixed", number % 3 == 0, 1.0)
+        suspects.ran("good", False, 1.0)
+        suspects.ran("bad", True, 1.0)
+    assert [suspects.alone(name, 1.0) for name in ("mixed", "good", "bad", "new")] == [False, False, True, False]
+    assert suspects.alone("bad", 1.0 + SECONDS - 0.1)
+    assert not suspects.alone("bad", 1.0 + SECONDS)
+    assert suspects.found == 1
+    for number in range(KEPT):
+        suspects.ran(number, True, 2.0)
+    assert not suspects.alone("bad", 2.0), "forgotten: there is room for so many"
+    assert len(suspects._budgets) == KEPT
+    assert not suspects._until
 
 
 def test_every_bound_is_a_flag_and_a_metric_and_written_down() -> None:

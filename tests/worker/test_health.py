@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import socket
 import time
 from typing import Any
+
+import psutil
+import pytest
 
 from gpu_byoc.config import EngineConfig, RegistrationConfig
 from gpu_byoc.errors import DeviceLost
 from gpu_byoc.processors.green_tint import GreenTint
-from gpu_byoc.worker.app import Worker
 from gpu_byoc.worker.health import BEAT, LOOP_SECONDS
 from gpu_byoc.worker.registration import Registration
+from tests.support.processes import free_port, get
+from tests.support.processes import running as process
 from tests.support.streams import Gate
 from tests.support.workers import Running, asynchronous, running
 
@@ -71,23 +77,28 @@ async def test_an_event_loop_that_stands_still_is_an_error_and_who_is_late_is_no
             assert health.answer("/health") == (200, b'{"status": "IDLE"}')
         health._doubt = (health._seen, time.monotonic() - BEAT)
         assert health.answer("/health") == (503, b'{"status": "ERROR"}')
-        answer = health.answer("/ready")
-        assert answer is not None
-        assert b"the event loop has not moved" in answer[1]
+        assert b"the event loop has not moved" in health.answer("/ready")[1]
         health._seen = time.monotonic() - LOOP_SECONDS - 1
         assert health.answer("/health") == (200, b'{"status": "IDLE"}'), "it has moved in between"
         beating.cancel()
         await asyncio.wait([beating])
 
 
-def test_only_the_plain_questions_are_answered_at_the_door() -> None:
-    from gpu_byoc.config import ServeConfig
-
-    health = Worker(ServeConfig(), GreenTint()).health
-    assert health.answer("/health") == (503, b'{"status": "LOADING"}')
-    assert health.answer("/ready") is not None
-    for other in ("/health?deep=1", "/healthz", "/", "/metrics", "/ready/", "/stream/status"):
-        assert health.answer(other) is None
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_ends_takes_its_doorman_with_it(number: signal.Signals) -> None:
+    """A port that is kept by what is left of a worker would keep its successor from starting."""
+    port = free_port()
+    with process("serve", "--backend", "numpy", "--port", str(port), "--host", "127.0.0.1") as worker:
+        worker.wait_for("Trickle server listening")
+        status, body = get(port, "/health?deep=1")
+        assert status == 200
+        pid = body["doorman"]["pid"]
+        doorman = psutil.Process(pid)
+        assert doorman.ppid() == worker.popen.pid
+        assert worker.end(number) == (-number if number == signal.SIGKILL else 0)
+        psutil.wait_procs([doorman], timeout=5)
+        assert not psutil.pid_exists(pid) or doorman.status() == psutil.STATUS_ZOMBIE
+        socket.create_server(("127.0.0.1", port)).close()
 
 
 @asynchronous

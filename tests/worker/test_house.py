@@ -65,6 +65,24 @@ def test_sound_waits_behind_a_frame_that_is_being_computed_and_goes_with_it(engi
     assert house.take() == []
 
 
+def test_a_little_sound_behind_the_last_computed_frame_waits_for_the_next_one(engine: Engine) -> None:
+    house = House(lambda: 3)
+    first, second = ticket(engine, 10), ticket(engine, 20)
+    house.enter(first)
+    house.sound(sound(11))
+    house.landed(first, Outcome(None))
+    assert stamps(house) == [10]
+    house.enter(second)
+    house.sound(sound(21))
+    house.landed(second, Outcome(None))
+    assert stamps(house) == [11, 20]
+    for number in range(22, 21 + AUDIO_AT_ONCE):
+        house.sound(sound(number))
+    assert stamps(house) == list(range(21, 21 + AUDIO_AT_ONCE)), "a sixth of a second of it goes alone"
+    house.leave(first)
+    house.leave(second)
+
+
 def test_a_little_sound_waits_for_a_picture_and_more_does_not() -> None:
     house = House(lambda: 3)
     got: list[list[int]] = []

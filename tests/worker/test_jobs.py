@@ -8,6 +8,7 @@ import gzip
 import json
 import socket
 import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from gpu_byoc.config import EngineConfig
 from gpu_byoc.processor import ArrayProcessor, FrameProcessor
 from gpu_byoc.processors.grayscale import Grayscale
 from gpu_byoc.processors.green_tint import GreenTint
+from tests.support.scrapes import scrape
 from tests.support.workers import asynchronous, running
 
 FRAME = 640 * 480 * 3
@@ -125,12 +127,19 @@ async def test_a_chunked_body_of_unknown_length() -> None:
         assert body == tinted(data)
 
 
+async def nothing() -> AsyncIterator[bytes]:
+    for part in list[bytes]():
+        yield part
+
+
 @asynchronous
 async def test_an_empty_body_is_a_keep_alive() -> None:
     async with running(GreenTint()) as r:
-        status, headers, body = await r.post(b"")
-        assert (status, body) == (200, b"")
-        assert json.loads(headers["X-Metadata"])["frames"] == 0
+        for empty in (b"", nothing()):  # the second one's length is not said
+            status, headers, body = await r.post(empty)
+            assert (status, body) == (200, b"")
+            assert json.loads(headers["X-Metadata"])["frames"] == 0
+        assert (await scrape(r)).value("byoc_frame_latency_ms_count") == 0, "no job"
         assert (await r.get("/compute"))["device"]["frames"] == 0
 
 

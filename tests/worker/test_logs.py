@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from gpu_byoc import logs
 from gpu_byoc.errors import ConfigError
-from gpu_byoc.local.glog import to_stderr
+from gpu_byoc.local.glog import GlogFormatter, to_stderr
 from gpu_byoc.logs import about
 from gpu_byoc.processors.green_tint import GreenTint
 from gpu_byoc.worker import jobs
@@ -70,6 +70,26 @@ def test_text_adds_an_id_that_the_line_does_not_mention() -> None:
         with about(job="7"):
             assert line(text, "it raised") == "WARNING: it raised (stream abc, job 7)"
     assert line(text, "it raised") == "WARNING: it raised"
+
+
+@pytest.mark.parametrize("name", ["a", "raised", "1.2", "a+", "job"])
+def test_an_id_that_is_part_of_some_word_is_added_all_the_same(name: str) -> None:
+    text = logs.formatter("text")
+    with about(stream=name):
+        for said in ("a job raised 1 of 1.2", "stream", f"stream {name}2: started", f"upstream {name}"):
+            assert line(text, said) == f"WARNING: {said} (stream {name})"
+        for said in (f"stream {name}: started", f"the end of stream {name}"):
+            assert line(text, said) == f"WARNING: {said}"
+
+
+def test_a_nodes_text_names_the_job_where_something_goes_wrong_and_shows_no_url() -> None:
+    text = GlogFormatter()
+    with about(job="7"):
+        assert line(text, "the container broke off") == "W0000 the container broke off (job 7)"
+        record = logging.LogRecord("x", logging.INFO, "", 0, "Forwarded to BYOC container", (), None)
+        assert text.format(record) == "I0000 Forwarded to BYOC container", "as on the page"
+    assert line(text, "the container broke off") == "W0000 the container broke off"
+    assert "secret-path" not in line(text, "failed", error=OSError("http://127.0.0.1:1/secret-path"))
 
 
 def test_json_is_one_object_with_the_time_in_utc() -> None:

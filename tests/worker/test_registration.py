@@ -8,12 +8,15 @@ import json
 import logging
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -40,6 +43,8 @@ class Orchestrator:
         self.gate = asyncio.Event()
         self.gate.set()
         self.calls: list[tuple[str, dict[str, str], bytes]] = []
+        self.look = ""  # asked before a registration is answered
+        self.seen: list[int] = []
         self.port = 0
 
     @property
@@ -53,6 +58,9 @@ class Orchestrator:
     async def call(self, request: web.Request) -> web.Response:
         self.calls.append((request.match_info["what"], dict(request.headers), await request.read()))
         await self.gate.wait()
+        if self.look and request.match_info["what"] == "register":
+            async with aiohttp.ClientSession() as session, session.get(self.look) as answer:
+                self.seen.append(answer.status)
         return web.Response(
             text=self.text.replace("TOKEN", (self.tokens or [""])[-1]), status=self.status, headers=self.headers
         )
@@ -192,6 +200,86 @@ async def test_leaving_waits_for_an_attempt_and_gives_up_on_a_silent_orchestrato
 
 
 @asynchronous
+async def test_a_connection_that_is_still_being_made_does_not_arrive_after_the_end() -> None:
+    """The orchestrator's queue is full for a moment, so the kernel tries again a second later: a registration, after
+    the other call has long been answered."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as sock, contextlib.ExitStack() as held:
+        filling = [held.enter_context(socket.socket()) for _ in range(4)]
+        for each in filling:
+            each.setblocking(False)
+            each.connect_ex(sock.getsockname())
+        fake = Orchestrator()
+        async with registering(f"http://127.0.0.1:{port_of(sock)}") as registration:
+            await until(lambda: registration._sockets)
+            began = time.monotonic()
+            app = web.Application()
+            app.router.add_post("/capability/{what}", fake.call)
+            runner = await serve(app, sock, 0.1)  # with a longer queue
+            try:
+                await registration.leave()
+                assert [what for what, _, _ in fake.calls] == ["unregister"]
+                await asyncio.sleep(began + 1.5 - time.monotonic())
+                assert [what for what, _, _ in fake.calls] == ["unregister"], "and the second try does not come"
+            finally:
+                await runner.cleanup()
+
+
+@asynchronous
+async def test_a_slow_orchestrator_does_not_know_us_in_the_end() -> None:
+    known, slow, over, forgotten = set(), asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def register(request: web.Request) -> web.Response:
+        name = json.loads(await request.read())["name"]
+        slow.set()
+        try:
+            await asyncio.sleep(1.2)
+            known.add(name)
+            return web.Response(text="ok")
+        finally:
+            over.set()
+
+    async def unregister(request: web.Request) -> web.Response:
+        known.discard((await request.read()).decode())
+        forgotten.set()
+        return web.Response(text="ok")
+
+    app = web.Application()
+    app.router.add_post("/capability/register", register)
+    app.router.add_post("/capability/unregister", unregister)
+    sock = bind("127.0.0.1", 0)
+    runner = await serve(app, sock, 0.1)
+    try:
+        async with registering(f"http://127.0.0.1:{port_of(sock)}") as registration:
+            async with asyncio.timeout(20):
+                await slow.wait()
+            await registration.leave()
+            assert forgotten.is_set()
+            async with asyncio.timeout(20):
+                await over.wait()
+    finally:
+        await runner.cleanup()
+    assert known == set()
+
+
+@asynchronous
+async def test_a_bug_that_ends_it_is_no_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with orchestrator() as o:
+        registration = Registration(config(o.url, seconds=0.01), 8000)
+        task = asyncio.create_task(registration.run())
+        await until(lambda: registration.registered)
+
+        def broken(token: str) -> bytes:
+            raise AttributeError("a bug")
+
+        monkeypatch.setattr(registration, "_body", broken)
+        await asyncio.wait([task])
+        assert isinstance(task.exception(), AttributeError), "serve.py logs it"
+        assert not registration.registered
+        assert registration.report()["state"] == "broken"
+        assert "internal error" in registration.report()["error"]
+
+
+@asynchronous
 async def test_leaving_one_that_was_never_reached_or_never_tried(caplog: pytest.LogCaptureFixture) -> None:
     never = Registration(config("http://127.0.0.1:1"), 8000)
     await never.leave()
@@ -317,15 +405,18 @@ async def test_without_a_registration_there_is_no_token() -> None:
 
 @asynchronous
 async def test_what_was_on_its_way_when_we_unregistered_is_taken_and_then_nothing_more(tmp_path: Path) -> None:
-    """A real process gets SIGTERM; its orchestrator had picked it for a job just before it was told to forget it."""
+    """A real process registers once it can do something, and gets SIGTERM; its orchestrator had picked it for a job
+    just before it was told to forget it."""
     async with orchestrator() as orch:
         secret, port = tmp_path / "secret", free_port()
+        orch.look = f"http://127.0.0.1:{port}/ready"
         secret.write_text(SECRET)
         flags = f"--processor passthrough --backend numpy --host 127.0.0.1 --port {port} --capability {NAME}"
         env = {"ORCH_URL": orch.url, "ORCH_SECRET_FILE": str(secret)}
         process = await asyncio.to_thread(Process, "serve", *flags.split(), env=env)
         try:
             await asyncio.to_thread(process.wait_for, "registered with")
+            assert orch.seen == [200], "it listens, and is warm"
             process.popen.terminate()
             await asyncio.to_thread(process.wait_for, "unregistered from")
             headers = bearer(orch.tokens[-1])

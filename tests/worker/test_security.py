@@ -12,6 +12,7 @@ import gpu_byoc
 from gpu_byoc.cli import main
 from gpu_byoc.config import RegistrationConfig, SecurityConfig, ServeConfig, read_security
 from gpu_byoc.errors import ConfigError
+from gpu_byoc.media.audio import DECODERS
 from gpu_byoc.media.mpegts import VIDEO_TYPES
 from gpu_byoc.processors.green_tint import GreenTint
 from gpu_byoc.processors.passthrough import Passthrough
@@ -43,6 +44,7 @@ def test_flag_over_environment_over_default() -> None:
         ({"max-input-mbit": "inf"}, "above 0"),
         ({"max-stream-seconds": "-1"}, "--max-stream-seconds"),
         ({"max-stream-seconds": "nan"}, "--max-stream-seconds"),
+        ({"max-update-rate": "0.5"}, "--max-update-rate"),
     ],
 )
 def test_mistakes_name_the_setting(given: dict[str, str], told: str) -> None:
@@ -136,8 +138,10 @@ def test_a_worker_opens_no_container_and_only_codecs_of_a_short_list() -> None:
                 if called.endswith("Context.create") and ast.unparse(node.args[1]) == "'r'":
                     codecs.add(f"{path.name}: {ast.unparse(node.args[0])}")
     assert opened == {"clips.py"}, "that is the clients' own"
-    assert codecs == {"decode.py: self.codec", "audio.py: 'mp3'", "images.py: 'png'", "images.py: 'mjpeg'"}
+    sound = "audio.py: DECODERS[self._codec]"
+    assert codecs == {"decode.py: self.codec", sound, "images.py: 'png'", "images.py: 'mjpeg'"}
     assert set(VIDEO_TYPES.values()) == {"h264", "hevc"}
+    assert sorted(DECODERS.values()) == ["aac_latm", "ac3", "dca", "eac3", "mp3", "pcm_bluray", "s302m", "truehd"]
 
 
 # --- CORS

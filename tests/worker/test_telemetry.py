@@ -81,6 +81,18 @@ async def test_a_streams_numbers_outlive_it_and_its_name_is_no_label() -> None:
     assert not [value for value in labels if "a-stream" in value or "another" in value]
 
 
+@pytest.mark.parametrize("name", ["jobs", "(ended)"])
+@asynchronous
+async def test_no_stream_takes_the_name_of_other_work(name: str) -> None:
+    """It would be charged for that work, and take its totals away when it ends."""
+    async with rig(GreenTint(), encoder="libx264") as r:
+        assert (await r.worker.post(bytes(300)))[0] == 200
+        r.create(name)
+        status, answer = await r.call("stream/start", r.urls(name))
+        assert (status, answer["error"]) == (400, "bad_request")
+        assert (await scrape(r.worker)).value("byoc_frames_total", kind="jobs") == 1
+
+
 @asynchronous
 async def test_callers_cannot_make_time_series() -> None:
     """Sizes, names and routes are theirs to choose; how many lines a scrape has is not."""

@@ -143,6 +143,32 @@ async def test_a_stream_is_a_span_from_start_to_end(collector: Collector) -> Non
     assert span["byoc.compute_seconds"] > 0
 
 
+@asynchronous
+async def test_a_span_ends_with_its_job_or_stream_however_that_ends(collector: Collector) -> None:
+    """A caller that hangs up, and a stream that is cut off with the worker: both spans are sent, and say so."""
+    processor = Gated()
+    async with rig(processor) as r, traced(collector, r.worker) as spans:
+        processor.gate = threading.Event()
+        called = len(processor.sizes)
+        job = asyncio.create_task(r.worker.post(bytes(300), X_Job_Id="gone", **PARENT))
+        await r.worker.until(lambda: len(processor.sizes) > called)
+        r.create("a")
+        assert (await r.call("stream/start", r.urls("a"), **PARENT))[0] == 200
+        await publish(r, "a", clip(5, 1), close=False)  # the first frame waits for its slot, and that for the device
+        await r.worker.until(lambda: r.stream("a").session.frames_in > 0)
+        job.cancel()
+        await r.worker.until(lambda: r.worker.worker.active == 0)
+        await r.worker.worker.streams.close(0.0)
+        processor.gate.set()
+    by_name = {span["name"]: span for span in spans}
+    assert len(spans) == 2
+    assert {span["parent"] for span in spans} == {"b7ad6b7169203331"}, "neither is a part of the other"
+    assert (by_name["job"]["byoc.job"], by_name["job"]["error.type"]) == ("gone", "client_gone")
+    stream = by_name["stream"]
+    assert (stream["byoc.state"], stream["error"], stream["byoc.frames_in"]) == ("failed", True, 1)
+    assert "cut off" in stream["byoc.reason"]
+
+
 async def one_stream(r: Rig) -> None:
     r.create("a")
     assert (await r.call("stream/start", r.urls("a"), **PARENT))[0] == 200
