@@ -102,6 +102,12 @@ class Door:
         return len(self._lobby.guests) + (doorman.waiting if doorman else 0)
 
     @property
+    def dropped(self) -> int:
+        """Connections that had to go from the door without having been let in; the doorman's, as it last said."""
+        doorman = self._doorman
+        return self._lobby.dropped + (doorman.dropped if doorman else 0)
+
+    @property
     def doorman(self) -> int | None:
         """Its process id."""
         doorman = self._doorman
@@ -182,8 +188,9 @@ class Door:
                 self._let_in(guest)
         if self._doorman.gone and not self._over:
             self._lobby.selector.unregister(self._doorman.pair)
-            status = self._doorman.end()
+            status, dropped = self._doorman.end(), self._doorman.dropped
             self._doorman = None
+            self._lobby.dropped += dropped
             self.deaths += 1
             self._died.append(time.monotonic())
             log.warning("the doorman's process has ended with status %d; another one is started", status)
@@ -275,7 +282,7 @@ class _Doorman:
     Raises, when it is made: OSError."""
 
     def __init__(self, listener: socket.socket, answer: Answer, bounds: Bounds) -> None:
-        self.waiting = 0
+        self.waiting = self.dropped = 0
         self.gone = False
         self._answer = answer
         self._family, self._type = listener.family, listener.type
@@ -307,7 +314,7 @@ class _Doorman:
             if not message:
                 self.gone = True
                 break
-            number, self.waiting = doorman.REPORT.unpack(message)
+            number, self.waiting, self.dropped = doorman.REPORT.unpack(message)
             if flags & socket.MSG_CTRUNC:
                 found.append(None)
             for _, _, data in ancillary:

@@ -9,8 +9,9 @@ Run as a file, ``python -I -S doorman.py``, with nothing of the package and litt
 within 30 ms and takes some 10 MB, of which the interpreter's file is shared. Where there can be no such process, the
 ``Lobby`` is looked after by the worker's own thread: see ``door``.
 
-On the socket to the worker, each message is one: to the worker, the number of its last question and how many wait here,
-with a connection or none; from there, the number of the question that is answered, 0 before the first, and the answers.
+On the socket to the worker, each message is one: to the worker, the number of its last question, how many wait here and
+how many were dropped, with a connection or none; from there, the number of the question that is answered, 0 before the
+first, and the answers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ AT_ONCE = 64
 BEAT = 0.25
 """Seconds between two answers that the worker sends unasked."""
 
-REPORT = struct.Struct("!II")
+REPORT = struct.Struct("!IIQ")
 ANSWER = struct.Struct("!HH")
 NUMBER = struct.Struct("!I")
 MESSAGE = 65536
@@ -103,6 +104,9 @@ class Lobby:
     """Connections that have not been let in. ``asked(guest, target, keep)`` is to lead to ``say``, ``let_in(guest)`` to
     ``say`` or ``release``; either at once, or later after ``hold``.
 
+    ``dropped`` counts those that had to go without having been let in: a head that did not end in time or is too long,
+    or others needed the room.
+
     All in one thread, which calls ``turn``. Its ``selector`` is for whatever else that thread waits for: a key's data
     is what to call."""
 
@@ -111,6 +115,7 @@ class Lobby:
     ) -> None:
         self.bounds = bounds
         self.guests: dict[Guest, None] = {}  # the one that was answered last comes last
+        self.dropped = 0
         self.selector = selectors.DefaultSelector()
         self._asked = asked
         self._let_in = let_in
@@ -125,6 +130,7 @@ class Lobby:
         for guest in [each for each in self.guests if each.until <= now]:
             if guest.seen:
                 text = f"no whole head of a request within {self.bounds.head:g} s"
+                self.dropped += 1
                 self.say(guest, 408, error("body_timeout", text), keep=False)
             else:
                 self.send_away(guest)
@@ -186,7 +192,7 @@ class Lobby:
                 continue
             except OSError:  # no descriptors or no memory: what waits here goes before what works
                 if self.guests:
-                    self.send_away(next(iter(self.guests)))
+                    self._make_room()
                 else:
                     time.sleep(self.bounds.sweep / 10)
                 return
@@ -195,8 +201,12 @@ class Lobby:
             guest.held = True
             self.guests[guest] = None
             if len(self.guests) > self.bounds.most:
-                self.send_away(next(iter(self.guests)))
+                self._make_room()
             self._look(guest)  # its request came with it, as a rule
+
+    def _make_room(self) -> None:
+        self.dropped += 1
+        self.send_away(next(iter(self.guests)))
 
     def _wake(self, guest: Guest) -> None:
         if not guest.held and guest in self.guests:  # it may have made room for another one a moment ago
@@ -237,6 +247,7 @@ class Lobby:
     def _unfinished(self, guest: Guest, seen: int) -> None:
         """So much of a head is there, and not its end."""
         if seen >= PEEK:
+            self.dropped += 1
             self.say(guest, 431, error("bad_request", f"a head of more than {PEEK} bytes"), keep=False)
         elif seen == guest.seen:  # woken without more: nothing more comes
             guest.sock.recv(seen)  # what is not read would make a reset of the end
@@ -264,7 +275,7 @@ class Doorman:
         self._number = self._answered = 0
         self._asking: dict[Guest, tuple[str, bool, int, float]] = {}  # target, keep, number of its question, deadline
         self._entering: dict[Guest, None] = {}
-        self._reported = 0
+        self._reported = (0, 0)
         self._over = False
         listener.setblocking(False)
         pair.setblocking(False)
@@ -277,7 +288,7 @@ class Doorman:
         while not self._over and os.getppid() == parent:
             self._lobby.turn(self._patience())
             self._answer()
-            if len(self._lobby.guests) != self._reported and self._number == self._answered:
+            if self._reported != (len(self._lobby.guests), self._lobby.dropped) and self._number == self._answered:
                 self._report()
         self._lobby.close()
 
@@ -300,12 +311,12 @@ class Doorman:
                 self._number -= 1
 
     def _report(self) -> bool:
-        waiting = len(self._lobby.guests)
+        counts = (len(self._lobby.guests), self._lobby.dropped)
         try:
-            self._pair.send(REPORT.pack(self._number, waiting))
+            self._pair.send(REPORT.pack(self._number, *counts))
         except OSError:  # no room, or nobody there, which the next look at the pair finds
             return False
-        self._reported = waiting
+        self._reported = counts
         return True
 
     def _hear(self) -> None:
@@ -364,10 +375,10 @@ class Doorman:
     def _pass_on(self) -> None:
         for guest in list(self._entering):
             if guest in self._lobby.guests:
-                waiting = len(self._lobby.guests) - 1
+                counts = (len(self._lobby.guests) - 1, self._lobby.dropped)
                 try:
-                    socket.send_fds(self._pair, [REPORT.pack(self._number, waiting)], [guest.sock.fileno()])
-                    self._reported = waiting
+                    socket.send_fds(self._pair, [REPORT.pack(self._number, *counts)], [guest.sock.fileno()])
+                    self._reported = counts
                 except BlockingIOError:
                     self._lobby.selector.modify(self._pair, selectors.EVENT_READ | selectors.EVENT_WRITE, self._meet)
                     return

@@ -215,27 +215,24 @@ async def read_into(request: web.Request, views: Sequence[memoryview], seconds: 
 
 @contextlib.asynccontextmanager
 async def collected(request: web.Request, limit: int, seconds: float, budget: Budget) -> AsyncIterator[Body]:
-    """The whole body, at most ``limit`` bytes: for what must be parsed before its size in slots is known. It is in the
-    budget to the end of the block; one that announces its length is from the first byte, so that it will have room.
+    """The whole body, at most ``limit`` bytes: for what must be parsed before its size in slots is known. What has come
+    of it is in the budget to the end of the block; what it announces is not, for anybody can announce much.
 
     Raises:
         TooLarge: more than ``limit``; the rest is not read.
         Overloaded: the budget is used up, or others need the room.
         BodyTimeout: too little came in ``seconds``.
     """
-    body, announced = Body(caller(request)), request.content_length or 0
+    body = Body(caller(request))
     too_large = TooLarge(f"the body is larger than the limit of {limit} bytes")
-    if announced > limit:
+    if (request.content_length or 0) > limit:
         raise too_large
     try:
-        budget.take(body, announced)
         async with body.lent(), contextlib.aclosing(_chunks(request, seconds, lambda: len(body.data))) as chunks:
             async for chunk in chunks:
-                size = len(body.data) + len(chunk)
-                if size > limit:
+                if len(body.data) + len(chunk) > limit:
                     raise too_large
-                if size > body.size:
-                    budget.take(body, size - body.size)
+                budget.take(body, len(chunk))
                 body.data += chunk
         budget.take(body, len(body.data) - body.size)  # 0, unless its room went to others as its last byte came
         yield body

@@ -125,3 +125,5 @@ def limit_metrics(worker: Worker) -> Iterator[Metric]:
         yield connections
         text = "Connections over --max-connections, or over half of it from one address"
         yield CounterMetricFamily("byoc_connections_refused", text, door.refused)
+        text = "Connections that did not end a request's head in time, sent too long a one, or made room at the door"
+        yield CounterMetricFamily("byoc_connections_dropped", text, door.dropped)

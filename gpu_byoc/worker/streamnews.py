@@ -44,16 +44,17 @@ class News:
         self._urls = urls
         self._problem = problem
         self._backoff = backoff
-        self._events: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._events: deque[dict[str, Any]] = deque()
         self._pulse: dict[str, Any] | None = None  # the newest heartbeat; older ones are of no interest
         self._has_events = asyncio.Event()
-        self._lines: deque[bytes] = deque(maxlen=KEPT)
+        self._lines: deque[bytes] = deque()
         self._has_lines = asyncio.Event()
 
     def tell(self, kind: str, **fields: Any) -> None:
         """An event."""
         event = {"type": kind, "timestamp": int(time.time() * 1000), **fields}
         self._events.append({"event": event, "queue_event_type": "ai_stream_events"})
+        self._bound("events", self._events, self._urls.events)
         self._has_events.set()
 
     def pulse(self, **fields: Any) -> None:
@@ -65,7 +66,15 @@ class News:
     def line(self, kind: str, **fields: Any) -> None:
         """A line of data."""
         self._lines.append(json.dumps({"type": kind, "stream_id": self._name, **fields}).encode() + b"\n")
+        self._bound("data", self._lines, self._urls.data)
         self._has_lines.set()
+
+    def _bound(self, what: str, queue: deque[Any], url: str | None) -> None:
+        """The newest KEPT. Where there is no such channel nobody misses the others."""
+        while len(queue) > KEPT:
+            queue.popleft()
+            if url is not None:
+                self._problem(what + "_dropped")
 
     async def events(self, http: aiohttp.ClientSession) -> None:
         await self._channel(http, "events", self._urls.events, "application/json", self._has_events, self._send_events)
@@ -122,7 +131,8 @@ class News:
 
     async def _send_event(self, publisher: Publisher, event: dict[str, Any]) -> None:
         def keep() -> None:
-            self._events = deque([event, *self._events], KEPT)
+            self._events.appendleft(event)
+            self._bound("events", self._events, self._urls.events)
             self._has_events.set()
 
         await _send(publisher, json.dumps(event).encode(), keep)
@@ -134,7 +144,8 @@ class News:
         self._lines.clear()
 
         def keep() -> None:
-            self._lines = deque([*lines, *self._lines], KEPT)
+            self._lines.extendleft(reversed(lines))
+            self._bound("data", self._lines, self._urls.data)
             self._has_lines.set()
 
         if lines:

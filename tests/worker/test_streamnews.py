@@ -16,7 +16,7 @@ from gpu_byoc.transport.listen import bind, port_of, serve
 from gpu_byoc.transport.trickle_client import Subscriber, open_session
 from gpu_byoc.transport.trickle_server import TrickleServer
 from gpu_byoc.worker.drain import ended
-from gpu_byoc.worker.streamnews import News
+from gpu_byoc.worker.streamnews import KEPT, News
 from gpu_byoc.worker.streamparams import Urls
 from tests.support.workers import asynchronous
 
@@ -100,3 +100,17 @@ async def test_what_is_on_its_way_at_a_cancel_is_heard_once(way: str, arrives: b
         say("last")
         await news.last_words(http)
         assert await lines(server.url, "last") == ["first", "second", "last"]
+
+
+@pytest.mark.parametrize("way", ["events", "data"])
+@pytest.mark.parametrize("there", [True, False])
+def test_what_nobody_takes_is_bounded_and_counted(way: str, there: bool) -> None:
+    url = "http://127.0.0.1:1/news" if there else None
+    problems: list[str] = []
+    news = News("s", Urls(events=url, data=url), problems.append, Backoff())
+    for number in range(KEPT + 2):
+        (news.tell if way == "events" else news.line)("word", number=number)
+    kept = news._events if way == "events" else news._lines
+    assert len(kept) == KEPT
+    assert '"number": 2' in (json.dumps(kept[0]) if isinstance(kept[0], dict) else kept[0].decode()), "the oldest went"
+    assert problems == ([f"{way}_dropped"] * 2 if there else [])
