@@ -294,7 +294,7 @@ class _Doorman:
                 self.pair.setblocking(False)
                 self._say()  # is there when it starts
                 self.process = _spawn(listener.fileno(), theirs.fileno(), bounds)
-            except BaseException:
+            except BaseException:  # whatever it is: this end of the pair is not left behind
                 self.pair.close()
                 raise
 

@@ -257,21 +257,31 @@ async def test_a_silent_input_does_not_hold_it_up() -> None:
         )
 
 
+@contextlib.asynccontextmanager
+async def deaf_output() -> AsyncIterator[str]:
+    """The URL of a channel on a server that takes connections and never reads."""
+    waiting: list[asyncio.StreamWriter] = []
+
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        waiting.append(writer)
+
+    deaf = await asyncio.start_server(never, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{deaf.sockets[0].getsockname()[1]}/out"
+    finally:
+        deaf.close()
+        for writer in waiting:
+            writer.transport.abort()
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_an_output_that_nobody_takes_is_given_up(signals: int) -> None:
-    """A server that takes connections and never reads. What is lost is said; a second signal does not wait."""
+    """What is lost is said; a second signal does not wait."""
 
     @asynchronous
     async def go() -> None:
-        waiting: list[asyncio.StreamWriter] = []
-
-        async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            reader._transport.pause_reading()  # type: ignore[attr-defined]
-            waiting.append(writer)
-
-        deaf = await asyncio.start_server(never, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{deaf.sockets[0].getsockname()[1]}/out"
-        async with setup("--lossless", "yes") as s:
+        async with deaf_output() as url, setup("--lossless", "yes") as s:
             await s.start("s", publish_url=url)
             heard = asyncio.create_task(s.watch("s-events"))
             async with Publisher(s.session, s.base + "s", "video/MP2T") as publisher:
@@ -290,9 +300,6 @@ def test_an_output_that_nobody_takes_is_given_up(signals: int) -> None:
                     assert b'"channel_failed"' in await heard, "it still said why"
             heard.cancel()
             await asyncio.wait([heard])
-        deaf.close()
-        for writer in waiting:
-            writer.transport.abort()
 
     go()
 
@@ -300,15 +307,7 @@ def test_an_output_that_nobody_takes_is_given_up(signals: int) -> None:
 @asynchronous
 async def test_a_deaf_output_holds_up_neither_jobs_nor_another_stream() -> None:
     """All at once, with jobs on four connections: exit 0 in time, and the last line says it of each stream."""
-    waiting: list[asyncio.StreamWriter] = []
-
-    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        reader._transport.pause_reading()  # type: ignore[attr-defined]
-        waiting.append(writer)
-
-    deaf = await asyncio.start_server(never, "127.0.0.1", 0)
-    url = f"http://127.0.0.1:{deaf.sockets[0].getsockname()[1]}/out"
-    async with setup("--lossless", "yes") as s:
+    async with deaf_output() as url, setup("--lossless", "yes") as s:
         await s.start("deaf", publish_url=url)
         await s.start("good")
         shown = asyncio.create_task(s.watch("good-out"))
@@ -331,9 +330,6 @@ async def test_a_deaf_output_holds_up_neither_jobs_nor_another_stream() -> None:
         assert "stopped: 0 jobs unfinished, 1 streams cut off" in last_line(s.worker)
         assert "stream deaf: 0 frames flushed, 20 dropped" in last_line(s.worker)
         assert re.search(r"stream good: \d+ frames flushed, 0 dropped", last_line(s.worker))
-    deaf.close()
-    for each in waiting:
-        each.transport.abort()
 
 
 def test_a_processor_that_is_stuck_ends_the_process_with_a_status_of_its_own(tmp_path: Path) -> None:
