@@ -21,6 +21,8 @@ from typing import Final
 
 import psutil
 
+from gpu_byoc.local.children import pick_ports
+
 from .harness import Window
 from .machine import smi
 
@@ -213,9 +215,8 @@ def wait_until_ready(url: str, child: subprocess.Popen[bytes], seconds: float = 
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    (port,) = pick_ports([0])
+    return port
 
 
 def main() -> None:

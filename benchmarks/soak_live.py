@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.soak_live [--minutes M] [--output FILE]``. A trickle server and a worker, each a process of its
 own; up to six streams at once, of which each comes to one of several ends. Watched: the worker's resident memory, its
-threads, its slots, its streams. Exit status 1 if any of them has not come back to where it was.
+threads, its tasks, its slots, its streams. Exit status 1 if any of them has not come back to where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ import aiohttp
 
 from gpu_byoc.errors import GpuByocError
 from gpu_byoc.local import streamclip
+from gpu_byoc.local.children import pick_ports
 from gpu_byoc.media.encode import CodedPicture
 from gpu_byoc.media.mux import Segmenter
 from gpu_byoc.transport.trickle_client import Publisher
 
 from .bench_media import CLIP
-from .load import free_port, process, rss, wait_until_ready
+from .load import process, rss, wait_until_ready
 from .machine import machine
 from .soak import growth
 
@@ -117,12 +119,21 @@ def threads(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
-async def soak(pid: int, trickle: str, worker: str, seconds: float) -> dict[str, Any]:
+async def tasks(http: aiohttp.ClientSession, admin: str) -> Counter[str]:
+    """The worker's asyncio tasks by where each waits, outermost: ``module.function``. A connection's task is no
+    stream's: it stays for as long as its client keeps it open."""
+    async with http.get(f"{admin}/debug") as answer:
+        places = [task["waits_at"][0].split() for task in (await answer.json())["tasks"] if task["waits_at"]]
+    names = (f"{Path(place.partition(':')[0]).stem}.{function}" for place, function in places)
+    return Counter(name for name in names if name != "web_protocol.start")
+
+
+async def soak(pid: int, trickle: str, worker: str, admin: str, seconds: float) -> dict[str, Any]:
     async with aiohttp.ClientSession() as http:
         run = Soak(http, trickle, worker, seed=1)
         await asyncio.gather(*(run.one() for _ in range(AT_ONCE)))  # warm: codecs loaded, pools filled
         await settled(run)
-        before, samples = threads(pid), [rss(pid)]
+        before, tasks_before, samples = threads(pid), await tasks(http, admin), [rss(pid)]
         began = time.monotonic()
 
         async def keep_going() -> None:
@@ -136,10 +147,11 @@ async def soak(pid: int, trickle: str, worker: str, seconds: float) -> dict[str,
 
         await asyncio.gather(sample(), *(keep_going() for _ in range(AT_ONCE)))
         status = await settled(run)
-        after = threads(pid)
+        after, tasks_left = threads(pid), await tasks(http, admin) - tasks_before
     slots = sum(room["slots"] - room["free"] for room in status["slots"])
     memory = growth(samples)
-    clean = memory["flat"] and after <= before + POOL and slots == 0 and status["active_streams"] == 0
+    nothing_left = not tasks_left and slots == 0 and status["active_streams"] == 0
+    clean = memory["flat"] and after <= before + POOL and nothing_left
     return {
         "seconds": time.monotonic() - began,
         "streams": sum(run.ends.values()),
@@ -147,6 +159,7 @@ async def soak(pid: int, trickle: str, worker: str, seconds: float) -> dict[str,
         "refused": run.refused,
         "memory": memory,
         "threads": {"before": before, "after": after},
+        "tasks": {"before": tasks_before.total(), "left": dict(tasks_left)},
         "slots_held": slots,
         "streams_left": status["active_streams"],
         "totals_left": sorted(status["compute"]["totals"]),
@@ -170,14 +183,17 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    trickle, worker = free_port(), free_port()
+    trickle, worker, admin = pick_ports([0, 0, 0])
     base = ("--host", "127.0.0.1", "--port")
     with (
         process("-m", "gpu_byoc", "trickle", *base, str(trickle), "--base-path", "/ai/trickle/", "--autocreate") as _,
-        process("-m", "gpu_byoc", "serve", *base, str(worker), "--backend", "numpy", "--log-level", "error") as child,
+        process(
+            *("-m", "gpu_byoc", "serve", *base, str(worker), "--admin-port", str(admin)),
+            *("--backend", "numpy", "--log-level", "error"),
+        ) as child,
     ):
         wait_until_ready(f"http://127.0.0.1:{worker}/health", child)
-        urls = f"http://127.0.0.1:{trickle}/ai/trickle/", f"http://127.0.0.1:{worker}"
+        urls = f"http://127.0.0.1:{trickle}/ai/trickle/", f"http://127.0.0.1:{worker}", f"http://127.0.0.1:{admin}"
         result = asyncio.run(soak(child.pid, *urls, given.minutes * 60))
     report = {"machine": machine(), "unix_time": int(time.time()), "soak_live": result}
     print(json.dumps(result, indent=1))

@@ -3,7 +3,7 @@
     python docker/images.py engine                 how containers are run here, as JSON
     python docker/images.py base                   the base image, pulled or made if it is not here
     python docker/images.py build cpu cupy         builds targets: cpu, cupy, torch, full
-    python docker/images.py sizes cpu              what an image is, and adds to its base, in MB
+    python docker/images.py sizes cpu              MB of an image, of its base, and of what it adds
 
 Needs the standard library alone. Exit status 3: nothing here can build images, or the base image cannot be had; the
 last line says why.
@@ -12,6 +12,7 @@ last line says why.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
 import resource
@@ -117,20 +118,44 @@ def _git(*arguments: str) -> str:
     return asked.stdout.strip() if asked.returncode == 0 else ""
 
 
-def facts() -> dict[str, str]:
-    """What the labels say. The commit's date, so that a build can be repeated; no user or password of a remote."""
+def source_url(remote: str) -> str:
+    """Where anyone can look up what a git remote holds, without user, password or query; "" for a remote that is no
+    http, https or ssh address of a public name: a path, a bundle, a host's short name."""
+    if "://" not in remote:  # ssh's short form, user@host:path
+        host, _, path = remote.partition(":")
+        remote = f"ssh://{host}/{path.lstrip('/')}" if path and "/" not in host else ""
+    try:
+        parts = urlsplit(remote)
+    except ValueError:  # half an IPv6 address
+        return ""
+    path = parts.path.rstrip("/").removesuffix(".git")
+    if parts.scheme not in ("http", "https", "ssh") or not path or not _public(parts.hostname or ""):
+        return ""
+    if parts.scheme == "ssh":  # whose port says nothing about the web's
+        return f"https://{parts.hostname}{path}"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
+
+
+def _public(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." in host
+
+
+def labels() -> dict[str, str]:
+    """What the image is told about this checkout; what is not known is left out, because each label has a form (a URL,
+    a date) that no placeholder has. The commit's date, so that a build can be repeated."""
     version = (ROOT / "gpu_byoc/_version.py").read_text(encoding="utf-8").split('VERSION = "')[1].split('"')[0]
     changed = "-changed" if _git("status", "--porcelain") else ""
-    remote = urlsplit(_git("remote", "get-url", "origin"))
-    source = f"https://{remote.hostname}{remote.path.removesuffix('.git')}" if remote.hostname else ""
     revision = _git("rev-parse", "HEAD")
     named = {
-        "VERSION": version,
-        "REVISION": revision + changed if revision else "",
-        "CREATED": _git("show", "-s", "--format=%cI"),
-        "SOURCE": source,
+        "version": version,
+        "revision": revision + changed if revision else "",
+        "created": _git("show", "-s", "--format=%cI"),
+        "source": source_url(_git("remote", "get-url", "origin")),
     }
-    return {name: value for name, value in named.items() if value}
+    return {f"org.opencontainers.image.{name}": value for name, value in named.items() if value}
 
 
 def pip_secrets(folder: Path) -> list[str]:
@@ -164,8 +189,8 @@ def build(engine: Engine, targets: list[str], base: str) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         arguments = [*engine.build, *pip_secrets(folder), "--build-arg", f"BASE={base}"]
-        for name, value in facts().items():
-            arguments += ["--build-arg", f"{name}={value}"]
+        for name, value in labels().items():
+            arguments += ["--label", f"{name}={value}"]
         for target in targets:
             file = ["-f", "docker/Dockerfile.cpu"]
             if target != "cpu":
@@ -176,14 +201,15 @@ def build(engine: Engine, targets: list[str], base: str) -> None:
 
 
 def sizes(engine: Engine, image: str) -> dict[str, float | str]:
-    """Megabytes (10^6 bytes) of the image and of what it adds to its base, which it names in a label."""
+    """Megabytes (10^6 bytes) of the image, of its base, which it names in a label, and of what it adds to that."""
     asked = [*engine.cli, "image", "inspect", "--format", "{{.Size}}"]
     read = subprocess.run([*asked, image], capture_output=True, text=True, check=True).stdout
     label = '{{index .Config.Labels "org.opencontainers.image.base.name"}}'
     name = [*engine.cli, "image", "inspect", "--format", label, image]
     base = subprocess.run(name, capture_output=True, text=True, check=True).stdout.strip()
     under = subprocess.run([*asked, base], capture_output=True, text=True, check=True).stdout
-    return {"image": image, "base": base, "mb": int(read) / 1e6, "added_mb": (int(read) - int(under)) / 1e6}
+    whole, below = int(read) / 1e6, int(under) / 1e6
+    return {"image": image, "base": base, "mb": whole, "base_mb": below, "added_mb": whole - below}
 
 
 def main() -> int:

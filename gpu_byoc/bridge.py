@@ -36,6 +36,11 @@ class _Pipe(Generic[T]):
     def weight(self) -> int:
         return self._weight
 
+    @property
+    def full(self) -> bool:
+        """Whether what is put in next waits."""
+        return self._weight >= self._limit
+
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more will be put in; what is inside still comes out, then the end (or ``error``). Any thread."""
         with self._lock:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from gpu_byoc import logs
@@ -15,6 +16,7 @@ from gpu_byoc.config import (
     REGISTRATION,
     SECURITY,
     EngineConfig,
+    LimitConfig,
     RegistrationConfig,
     SecurityConfig,
     ServeConfig,
@@ -23,6 +25,7 @@ from gpu_byoc.config import (
     otel_endpoint,
     read_registration,
     read_security,
+    unknown_variables,
     yes_or_no,
 )
 from gpu_byoc.errors import EXIT_INTERRUPTED, EXIT_USAGE, ConfigError, OperatorError
@@ -71,9 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parser(command: str, about: str) -> argparse.ArgumentParser:
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
+def _parser(command: str, about: str, given: str = "[options]") -> argparse.ArgumentParser:
+    """With a usage of one line, which every error repeats; and no abbreviations, which the next flag might break."""
+    name = f"gpu-byoc {command}"
     return argparse.ArgumentParser(
-        prog=f"gpu-byoc {command}", description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=name, usage=f"{name} {given}", description=about, formatter_class=_Help, allow_abbrev=False
     )
 
 
@@ -127,12 +139,39 @@ def _worker_flags() -> list[tuple[str, Callable[[str], object], object, str]]:
     ]
 
 
+def _limit_flags() -> list[tuple[str, Callable[[str], object], object, str]]:
+    """As ``_worker_flags``: bounds that few need to set."""
+    sizes = "frame sizes that have memory at once"
+    return [("max-frame-sizes", int, EngineConfig().max_frame_sizes, sizes)] + [
+        (each.name.replace("_", "-"), type(each.default), each.default, each.metadata["help"])
+        for each in fields(LimitConfig)
+    ]
+
+
 def _add_flag(
-    parser: argparse.ArgumentParser, name: str, kind: Callable[[str], object], default: object, text: str
+    parser: argparse._ActionsContainer, name: str, kind: Callable[[str], object], default: object, text: str
 ) -> None:
     """A flag whose default is its environment variable's value, checked like the flag's own."""
-    variable = "GPU_BYOC_" + name.upper().replace("-", "_")
+    variable = _variable(name)
     parser.add_argument(f"--{name}", type=kind, default=env(variable, "") or default, help=f"{text} [{variable}]")
+
+
+def _variable(name: str) -> str:
+    return "GPU_BYOC_" + name.upper().replace("-", "_")
+
+
+def _warn_of_unknown_variables() -> None:
+    """A slip of the pen in a variable's name is not to be a setting that has no effect."""
+    flags = ["processor", "host", "port", *(flag[0] for flag in (*_worker_flags(), *_limit_flags()))]
+    known = {*map(_variable, flags), *(setting.variable for setting in (*REGISTRATION.values(), *SECURITY.values()))}
+    if unknown := unknown_variables(known):
+        logging.getLogger("gpu_byoc").warning("environment variables that nothing reads: %s", ", ".join(unknown))
+
+
+def _add_limits(parser: argparse.ArgumentParser, defaults: bool = True) -> None:
+    group = parser.add_argument_group("limits that few need to set (docs/operations.md)")
+    for name, kind, default, text in _limit_flags():
+        _add_flag(group, name, kind, default if defaults else None, text)
 
 
 def _add_registration(parser: argparse.ArgumentParser) -> None:
@@ -177,9 +216,11 @@ def _config(given: argparse.Namespace, **changes: object) -> ServeConfig:
         processor_timeout=given.processor_timeout,
         device_timeout=given.device_timeout,
         require_pinned=given.require_pinned,
+        max_frame_sizes=given.max_frame_sizes,
     )
     values = {name: getattr(given, name) for name in _PLAIN} | changes
     values["latency_budget"] = given.latency_budget_ms / 1e3
+    values["limits"] = LimitConfig(**{name: getattr(given, name) for name in _LIMITS})
     return ServeConfig(
         engine=engine, max_body=given.max_body_mb * MIB, max_collected=given.max_collected_mb * MIB, **values
     )
@@ -190,11 +231,15 @@ _PLAIN = (
     *("max_pixels", "max_connections", "drain_seconds", "admin_port"),
     *("max_streams", "error_budget", "lossless", "encoder", "insecure", "require_gpu", "otel_endpoint"),
 )
-_ENGINE = ("slots", "max_batch", "max_wait_ms", "depth", "processor_timeout", "device_timeout", "require_pinned")
+_ENGINE = (
+    *("slots", "max_batch", "max_wait_ms", "depth", "processor_timeout", "device_timeout", "require_pinned"),
+    "max_frame_sizes",
+)
+_LIMITS = tuple(each.name for each in fields(LimitConfig))
 
 
 def _changes(given: argparse.Namespace) -> dict[str, object]:
-    """Only what was given, by field of ServeConfig; ``engine`` is a dict of EngineConfig's fields."""
+    """Only what was given, by field of ServeConfig; ``engine`` and ``limits`` are dicts of their fields."""
     said = {name: value for name, value in vars(given).items() if value is not None}
     changes: dict[str, object] = {name: said[name] for name in ("host", "port", *_PLAIN) if name in said}
     if "max_body_mb" in said:
@@ -206,7 +251,8 @@ def _changes(given: argparse.Namespace) -> dict[str, object]:
     engine = {name: said[name] for name in _ENGINE if name in said}
     if "memory_mb" in said:
         engine["memory"] = said["memory_mb"] * MIB
-    return changes | ({"engine": engine} if engine else {})
+    limits = {name: said[name] for name in _LIMITS if name in said}
+    return changes | ({"engine": engine} if engine else {}) | ({"limits": limits} if limits else {})
 
 
 def _logging(level: str, kind: str) -> None:
@@ -229,6 +275,7 @@ def _serve(argv: Sequence[str]) -> int:
         _add_flag(parser, *flag)
     _add_registration(parser)
     _add_security(parser)
+    _add_limits(parser)
     given = parser.parse_args(argv)
     import asyncio
 
@@ -236,6 +283,7 @@ def _serve(argv: Sequence[str]) -> int:
     from gpu_byoc.worker.serve import leave, run
 
     _logging(given.log_level, given.log_format)
+    _warn_of_unknown_variables()
     plain = {"host": given.host, "port": given.port, "processor": given.processor}
     config = _config(given, **plain, **_security(given), registration=_registration(given))
     if code := asyncio.run(run(config, load_processor(given.processor))):
@@ -244,7 +292,8 @@ def _serve(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    parser = _parser("run", "Run a file that ends in asyncio.run(run_processor(...)), as on the quickstart page.")
+    about = "Run a file that ends in asyncio.run(run_processor(...)), as on the quickstart page."
+    parser = _parser("run", about, "FILE [options]")
     parser.formatter_class = argparse.HelpFormatter
     parser.add_argument("file", type=Path, help="the Python file; a flag wins over what it says")
     _add_flag(parser, "host", str, None, "address to listen on")
@@ -253,10 +302,12 @@ def _run(argv: Sequence[str]) -> int:
         _add_flag(parser, name, kind, None, text)
     _add_registration(parser)
     _add_security(parser)
+    _add_limits(parser, defaults=False)
     given = parser.parse_args(argv)
     from gpu_byoc.worker import pagerun, serve
 
     _logging(given.log_level or "info", given.log_format or "text")
+    _warn_of_unknown_variables()
     serve.override(**_changes(given), **_security(given), registration=_registration(given))
     return pagerun.run_file(given.file)
 

@@ -5,9 +5,10 @@ Precedence, everywhere: flag > environment > default.
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, MutableMapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,27 @@ MAX_TIMEOUT = 86_400
 def env(name: str, default: str, environ: Mapping[str, str] = os.environ) -> str:
     """The environment variable ``name``, or ``default`` when it is unset or empty."""
     return environ.get(name) or default
+
+
+def unknown_variables(known: Collection[str], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Each variable ``GPU_BYOC_...`` that is not ``known``, for people: with the name that may have been meant.
+
+    Not those of the tests, of docker/compose.yaml, and of a Kubernetes Service named gpu-byoc.
+    """
+    told, prefix = [], "GPU_BYOC_"  # which all names share: left out where they are compared
+    rests = [name.removeprefix(prefix) for name in sorted(known) if name.startswith(prefix)]
+    for name in sorted(environ):
+        if name.startswith(prefix) and name not in known and not name.startswith(_OTHERS):
+            near = difflib.get_close_matches(name.removeprefix(prefix), rests, n=1)
+            told.append(name + (f" (did you mean {prefix}{near[0]}?)" if near else ""))
+    return told
+
+
+_OTHERS = (
+    *("GPU_BYOC_REQUIRE_CUDA", "GPU_BYOC_REQUIRE_TORCH", "GPU_BYOC_TEST_"),
+    *("GPU_BYOC_CPUS", "GPU_BYOC_MEMORY", "GPU_BYOC_PUBLISH"),
+    *("GPU_BYOC_PORT_", "GPU_BYOC_SERVICE_"),
+)
 
 
 def capability_name() -> str:
@@ -55,6 +77,9 @@ class EngineConfig:
     default ends nothing that somebody still waits for. ``device_timeout`` seconds a device may give no sign of life, 0:
     it is not asked for one. 10: what holds all streams of a device up for longer (the driver loading code, pinning
     memory) belongs into the processor's setup. ``require_pinned`` makes host memory that is not pinned an error.
+
+    ``max_frame_sizes`` have memory at once: each costs a mapping, jobs of one worker rarely have more than a handful of
+    sizes, and the least recently used one goes when another comes.
     """
 
     slots: int = 32
@@ -65,9 +90,10 @@ class EngineConfig:
     processor_timeout: float | None = None
     device_timeout: float = 10.0
     require_pinned: bool = False
+    max_frame_sizes: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("slots", "max_batch", "depth", "memory"):
+        for name in ("slots", "max_batch", "depth", "memory", "max_frame_sizes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
         if self.max_wait_ms < 0:
@@ -271,6 +297,42 @@ def read_security(given: Mapping[str, str | None], environ: Mapping[str, str] = 
     return SecurityConfig(**values) if values else None
 
 
+def _bound(default: float, least: float, most: float, help: str) -> Any:
+    return field(default=default, metadata={"least": least, "most": most, "help": help})
+
+
+@dataclass(frozen=True, slots=True)
+class LimitConfig:
+    """Bounds that few need to set, each named as its flag and in its flag's unit: ``kb`` is KiB, ``mb`` MiB, a timeout
+    seconds. docs/operations.md says why each is as it is, and what happens over it.
+
+    The least values leave a worker that serves, the most are what its other parts can do with. A head waits in its
+    socket's buffer, which was full with one of 60 KiB in pieces of 100 bytes. Sound goes out eight packets at a time.
+    The sandbox takes 1 MiB of input at a time, and passes no more than 8 MiB of sound for it.
+    """
+
+    head_timeout: float = _bound(10.0, 1, MAX_TIMEOUT, "seconds within which a request's head must have come")
+    max_head_kb: int = _bound(32, 1, 48, "KiB of a request's head")
+    idle_timeout: float = _bound(75.0, 1, MAX_TIMEOUT, "seconds a connection may be idle between two requests")
+    max_at_door: int = _bound(256, 8, 65536, "connections that have not said what they want, or only ask for health")
+    max_message_kb: int = _bound(1024, 4, 65536, "KiB of a message to /stream/...")
+    max_update_kb: int = _bound(32, 1, 1024, "KiB of a stream's new parameters, by HTTP or its control channel")
+    max_update_lines: int = _bound(40, 1, 10_000, "lines of a message on a stream's control channel")
+    input_buffer_mb: int = _bound(8, 1, 1024, "MiB of a stream's input that wait to be decoded")
+    output_buffer_mb: int = _bound(8, 1, 1024, "MiB of a stream's output that wait to be sent")
+    max_packet_mb: int = _bound(4, 1, 6, "MiB of one coded picture or audio packet of a stream's input")
+    max_audio_packets: int = _bound(2048, 64, 1 << 20, "audio packets of a stream that wait for pictures")
+    max_audio_mb: int = _bound(8, 1, 1024, "MiB of these")
+    max_news: int = _bound(256, 16, 65536, "events, and lines of data, of a stream that wait to be sent")
+    max_failing_clients: int = _bound(256, 1, 1 << 20, "clients whose jobs failed that are remembered")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            least, most = each.metadata["least"], each.metadata["most"]
+            if not least <= getattr(self, each.name) <= most:
+                raise ConfigError(f"--{each.name.replace('_', '-')} is {least} to {most}: {each.metadata['help']}")
+
+
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
     """The worker.
@@ -324,6 +386,7 @@ class ServeConfig:
     require_gpu: bool = False
     registration: RegistrationConfig | None = None
     security: SecurityConfig = SecurityConfig()
+    limits: LimitConfig = LimitConfig()
     otel_endpoint: str = ""
     engine: EngineConfig = EngineConfig()
 

@@ -9,13 +9,14 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from gpu_byoc.backend import Backend
-from gpu_byoc.errors import BackendUnavailable, PluginError
+from gpu_byoc.errors import BackendUnavailable, GpuByocError, PluginError
 from gpu_byoc.processor import ArrayProcessor, FrameProcessor, Processor
 from gpu_byoc.processors import SHIPPED
 
@@ -72,8 +73,27 @@ def load_processor(text: str) -> Processor:
         raise PluginError(f"{place} has no {attribute!r}")
     if not (inspect.isclass(found) and issubclass(found, FrameProcessor | ArrayProcessor)):
         raise PluginError(f"{text} is not a subclass of FrameProcessor or ArrayProcessor")
-    processor: Processor = found()
+    try:
+        processor: Processor = found()
+    except Exception as error:  # whatever it raises is for its author
+        blame(text, error)
     return processor
+
+
+def blame(name: str, error: Exception) -> NoReturn:
+    """Raise what a user's code raised as a PluginError that shows their part of the way there and none of ours; one of
+    our own errors as it is."""
+    if isinstance(error, GpuByocError):
+        raise error
+    trace = error.__traceback__
+    while trace is not None and str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] in _OURS:
+        trace = trace.tb_next
+    shown = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
+    told = f"{name} cannot be used: the mistake is in its code, or in what that imports\n{shown}"
+    raise PluginError(told) from error
+
+
+_OURS = ("gpu_byoc", "importlib", "runpy", "_frozen_importlib", "_frozen_importlib_external")
 
 
 def _from_module(name: str) -> ModuleType:
@@ -83,6 +103,8 @@ def _from_module(name: str) -> ModuleType:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise PluginError(f"no module named {name!r}; is it installed, or on PYTHONPATH?") from error
         raise PluginError(f"{name} needs {error.name!r}, which is not installed") from error
+    except Exception as error:  # whatever the module raises is for its author
+        blame(name, error)
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -96,11 +118,13 @@ def _from_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
+    except BaseException as error:  # whatever the file raised: it is not left half imported
         del sys.modules[name]
-        raise PluginError(f"{path} needs {error.name!r}, which is not installed") from error
-    except BaseException:  # whatever the file raised: it is not left half imported
-        del sys.modules[name]
+        if isinstance(error, ModuleNotFoundError):
+            instead = f"; install it, or use `gpu-byoc run {path}`" if error.name == "pytrickle" else ""
+            raise PluginError(f"{path} needs {error.name!r}, which is not installed{instead}") from error
+        if isinstance(error, Exception):
+            blame(str(path), error)
         raise
     return module
 

@@ -205,7 +205,7 @@ def test_every_package_is_listed() -> None:
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=50, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=150, check=False
     )
 
 

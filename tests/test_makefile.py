@@ -77,7 +77,7 @@ class Checkout:
             env=clean,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=150,
             check=False,
         )
 

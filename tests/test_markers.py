@@ -42,7 +42,7 @@ def outcome(folder: Path, **variables: str) -> str:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("GPU_BYOC", "PYTEST"))}
     command = [sys.executable, "-m", "pytest", "-q", "-ra", "--strict-markers", "-p", "no:cacheprovider"]
     return subprocess.run(
-        command, cwd=folder, env=clean | variables, capture_output=True, text=True, timeout=50, check=False
+        command, cwd=folder, env=clean | variables, capture_output=True, text=True, timeout=150, check=False
     ).stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,32 @@ def test_processors_by_module_and_by_file(tmp_path: Path) -> None:
 def test_what_is_no_processor(text: str, says: str) -> None:
     with pytest.raises(PluginError, match=says):
         load_processor(text)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytrickle") is not None, reason="a real pytrickle is installed")
+def test_a_file_for_run_is_told_from_one_for_serve(tmp_path: Path) -> None:
+    file = tmp_path / "processor.py"
+    file.write_text("from pytrickle import FrameProcessor\n")
+    with pytest.raises(PluginError, match=rf"needs 'pytrickle', .* or use `gpu-byoc run {file}`$"):
+        load_processor(str(file))
+    file.write_text("import no_such_library\n")
+    with pytest.raises(PluginError, match=r"needs 'no_such_library', which is not installed$"):
+        load_processor(str(file))
+
+
+def test_a_processor_that_raises_when_it_is_made(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from gpu_byoc import FrameProcessor\nclass A(FrameProcessor):\n    def __init__(self): raise KeyError(1)\n"
+    )
+    with pytest.raises(
+        PluginError, match=r"cannot be used: the mistake is in its code.*\n(?s:.*)KeyError: 1$"
+    ) as caught:
+        load_processor(str(file))
+    assert "plugins.py" not in str(caught.value)
+    file.write_text("raise SystemExit(3)\n")
+    with pytest.raises(SystemExit):
+        load_processor(str(file))
 
 
 def test_a_processor_whose_import_fails_names_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchma
 SCRIPTS = Path(sys.executable).parent
 
 PORTS = ("8000", "8935", "8936", "7936", "5935")
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 STOP_SECONDS = 15.0
 
 BLOCK = re.compile(r"(?:^<!-- test: (?P<how>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)

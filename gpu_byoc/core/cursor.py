@@ -8,6 +8,7 @@ A subscriber's cursor::
     200 without a number                            a failure, unless a definite index was asked for: then it is that
     470, Lp-Trickle-Latest beyond what was asked    ask for Latest: we were too slow; what lies between is a gap
     ... and OLDEST was wanted, nothing read so far  ask for the oldest that the ring may hold, then the ones after it
+    ... and every one is wanted                     the same; what the ring holds no more is a gap
     470, Latest one below                           wait and ask again: its publisher has not started the one before
     470, Latest further below                       ask for Latest: its publisher has started over
     404, after any good answer                      End: the channel is gone
@@ -116,12 +117,17 @@ class Retry:
 class Subscription:
     """A subscriber's place in a channel. ``skipped`` counts segments that were missed, over all."""
 
-    def __init__(self, start: int, backoff: Backoff | None = None, label: str = "trickle") -> None:
-        """``start`` is an index, NEXT, NEWEST or OLDEST. ``label`` begins the text of errors: the channel's URL."""
+    def __init__(
+        self, start: int, backoff: Backoff | None = None, label: str = "trickle", *, every: bool = False
+    ) -> None:
+        """``start`` is an index, NEXT, NEWEST or OLDEST. ``label`` begins the text of errors: the channel's URL.
+        ``every``: who falls behind reads what there still is, and does not go on with what comes next."""
         self.skipped = 0
         self._label = label
         self._seeking = start == OLDEST  # what is gone before the first that is found was never ours to miss
         self._want = 0 if self._seeking else start
+        self._every = every
+        self._tried = 0  # indices asked for one after the other, for one that the ring still has
         self._backoff = backoff or Backoff()
         self._failures = 0
         self._ahead = 0  # 470s in a row for the index after the one that is to be written
@@ -173,7 +179,7 @@ class Subscription:
                 return self.failed(f"a 200 without {SEQ}: this is no trickle server")
             seq = self._want
         self._progress()
-        self._seeking = False
+        self._seeking, self._tried = False, 0
         gap = max(0, seq - self._want) if self._want >= 0 else 0
         self.skipped += gap
         skipped, self._missed = self._missed + gap, 0
@@ -184,20 +190,27 @@ class Subscription:
         latest = _number(headers, LATEST)
         if latest is None:
             return self.failed(f"a {ABSENT} without {LATEST}")
-        if self._seeking and self._want < latest:
+        if (self._seeking or self._every) and 0 <= self._want < latest:
             self._progress()
-            self._want = min(max(self._want + 1, latest - RING), latest)
-            return Ask(self._want)
+            after = min(max(self._want + 1, latest - RING), latest)
+            if not self._seeking:
+                self._miss(after - self._want)
+            self._want = after
+            self._tried += 1
+            return Ask(after, STEP if self._tried > RING + 1 else 0.0)
         ahead = self._ahead + 1 if latest == self._want - 1 else 0
         self._progress()
         if 0 < ahead < PATIENCE:
             self._ahead = ahead
             return Ask(self._want, STEP)
         if 0 <= self._want < latest:
-            self._missed += latest - self._want
-            self.skipped += latest - self._want
+            self._miss(latest - self._want)
         self._want = latest
         return Ask(latest, STEP)
+
+    def _miss(self, count: int) -> None:
+        self._missed += count
+        self.skipped += count
 
     def _progress(self) -> None:
         self._met = True

@@ -45,6 +45,12 @@ class Usage:
         self.copy_ns += other.copy_ns
         self.queue_ns += other.queue_ns
 
+    def count(self, frames: int, queue_ns: int, compute_ns: int = 0, copy_ns: int = 0) -> None:
+        self.frames += frames
+        self.compute_ns += compute_ns
+        self.copy_ns += copy_ns
+        self.queue_ns += queue_ns
+
 
 def split(interval: int, weights: Sequence[int]) -> list[int]:
     """Share ``interval`` in proportion to ``weights``: non-negative integers that add up to it exactly, each within
@@ -128,15 +134,16 @@ class Meter:
             copies[i] += part
             row.copy_ns += part
 
-        named: dict[str, Usage] = {}
         for share, its_compute, its_copy in zip(shares, computes, copies, strict=True):
-            usage = named.setdefault(share.name, Usage(batches=1))
-            usage.add(Usage(share.frames, 0, its_compute, its_copy, share.queue_ns))
-        for name, usage in named.items():
-            self._total(name).add(usage)
-            self._row(last, name).add(Usage(usage.frames, 1, 0, 0, usage.queue_ns))
-        frames, queue = sum(share.frames for share in shares), sum(share.queue_ns for share in shares)
-        self.device.add(Usage(frames, 1, compute, copy, queue))
+            self._total(share.name).count(share.frames, share.queue_ns, its_compute, its_copy)
+            self._row(last, share.name).count(share.frames, share.queue_ns)
+            self.device.count(share.frames, share.queue_ns)
+        for name in {share.name for share in shares}:
+            self._total(name).batches += 1
+            self._row(last, name).batches += 1
+        self.device.batches += 1
+        self.device.compute_ns += compute
+        self.device.copy_ns += copy
         return list(zip(computes, copies, strict=True))
 
     def rows(self, now: int) -> list[tuple[int, str, Usage]]:
@@ -173,7 +180,11 @@ class Meter:
                 yield i, self._row(second, shares[i].name), part
 
     def _row(self, second: int, name: str) -> Usage:
-        return self._rows.setdefault(second, {}).setdefault(name, Usage())
+        row = self._rows.setdefault(second, {})
+        usage = row.get(name)
+        if usage is None:
+            usage = row[name] = Usage()
+        return usage
 
     def _forget(self, now: int) -> None:
         oldest = now // SECOND - KEPT_SECONDS

@@ -161,6 +161,15 @@ def plain(address: Address) -> Address:
     return mapped or address
 
 
+def peer(text: str) -> Address | None:
+    """A socket's other side, as the system writes it; None for what is no IP address, such as the name of a Unix
+    socket's file. Of a link-local one the interface (``fe80::1%eth0``) does not count."""
+    try:
+        return plain(ip_address(text.partition("%")[0]))
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """``allowed`` is the operator's list. Empty: a caller may name itself, at any port, and nobody else."""

@@ -34,10 +34,6 @@ from gpu_byoc.processor import Processor
 
 log = logging.getLogger("gpu_byoc.engine")
 
-MAX_ROOMS = 16
-"""Frame sizes that have memory at once. Each costs a mapping and a line in every scrape; jobs of one worker rarely have
-more than a handful of sizes, and the least recently used one goes when another comes."""
-
 STALE = 10.0
 """Seconds after which memory of a frame size that nobody uses goes to another one that could do with more. Sizes that
 come in turn keep their own, because pinned memory is slow to make. Chosen, not measured."""
@@ -338,7 +334,7 @@ class Engine:
             for room in self._rooms.values()
             if room.nbytes != nbytes and not (room.idle and room.used <= unused_since)
         ]
-        return (self.config.memory - sum(stays)) // nbytes if len(stays) < MAX_ROOMS else 0
+        return (self.config.memory - sum(stays)) // nbytes if len(stays) < self.config.max_frame_sizes else 0
 
     def _make_room(self, nbytes: int, most: int, slots: int) -> _Room:
         """At least ``slots`` of the ``most`` that are wanted: idle rooms make way for that, those unused for longest
@@ -347,7 +343,7 @@ class Engine:
         gone = [] if old is None else [old]
         free = self.config.memory - sum(room.size for room in self._rooms.values())
         for room in list(self._rooms.values()):
-            if free >= slots * nbytes and len(self._rooms) < MAX_ROOMS:
+            if free >= slots * nbytes and len(self._rooms) < self.config.max_frame_sizes:
                 break
             if room.idle:
                 gone.append(self._rooms.pop(room.nbytes))

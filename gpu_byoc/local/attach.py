@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about = "Write the file with which an orchestrator finds a worker that does not register with it."
-    parser = argparse.ArgumentParser(prog="gpu-byoc config", description=about)
+    parser = argparse.ArgumentParser(prog="gpu-byoc config", allow_abbrev=False, description=about)
     slots, streams = EngineConfig().slots, env("GPU_BYOC_MAX_STREAMS", "") or None
     add = parser.add_argument
     add("kind", choices=tuple(_KINDS), help="ai-models: aiModels.json; runners: runners.json")

@@ -6,7 +6,9 @@ order. Should the parent be killed outright, the kernel kills them (PR_SET_PDEAT
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,6 +25,8 @@ from gpu_byoc.errors import GpuByocError
 
 STOP_SECONDS: Final = 9.0  # a worker or an orchestrator takes at most 8 to flush what is under way
 _TAIL: Final = 15  # lines of a log that a failure shows
+_PORTS: Final = range(12_000, 32_000)  # below those that Linux hands out by itself
+_turn = itertools.count(random.SystemRandom().randrange(len(_PORTS)))
 
 # A program of its own and not a preexec_fn, which may deadlock in a process with threads. The parent's id is compared
 # because it may be gone before prctl is called; then there is no death left to be told of.
@@ -127,7 +131,15 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
 def pick_ports(wanted: Sequence[int]) -> list[int]:
     """The wanted TCP ports of 127.0.0.1, each replaced by a free one if it is taken; 0 wants any."""
     with ExitStack() as held:  # all of them at once, so that none is picked twice
-        return [_bind(held, port) or _bind(held, 0) for port in wanted]
+        return [_bind(held, port) or _any(held) for port in wanted]
+
+
+def _any(held: ExitStack) -> int:
+    """One of the kernel's own might be some client's by the time that the server it is for has started."""
+    for _ in _PORTS:
+        if port := _bind(held, _PORTS[next(_turn) % len(_PORTS)]):
+            return port
+    return _bind(held, 0)
 
 
 def _bind(held: ExitStack, port: int) -> int:

@@ -58,7 +58,9 @@ class Result:
 
 def main(argv: Sequence[str]) -> int:
     """Run the demo: 0 if everything matched, 1 if not, 130 or 143 after SIGINT or SIGTERM. Main thread only."""
-    parser = argparse.ArgumentParser(prog="gpu-byoc demo", description="The whole way of a job, on this machine.")
+    parser = argparse.ArgumentParser(
+        prog="gpu-byoc demo", allow_abbrev=False, description="The whole way of a job, on this machine."
+    )
     parser.add_argument("--output", type=Path, default=Path("demo-out"), help="directory (default: ./demo-out)")
     parser.add_argument("--backend", default="auto", help="of the worker (default: auto)")
     parser.add_argument("--free-ports", action="store_true", help="take free ports, not the quickstart page's")

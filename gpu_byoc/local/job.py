@@ -70,7 +70,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu-byoc job", description="Send jobs through a gateway.")
+    parser = argparse.ArgumentParser(
+        prog="gpu-byoc job", allow_abbrev=False, description="Send jobs through a gateway."
+    )
     parser.add_argument("--gateway", default="http://localhost:8935", help="its URL (default: %(default)s)")
     parser.add_argument("--model-id", required=True, help="capability, as the orchestrator's -byocModelID")
     parser.add_argument("--input", type=Path, required=True, help=f"{KINDS}; of a video only the pictures are sent")
@@ -126,6 +128,8 @@ def _plan(given: argparse.Namespace, params: Mapping[str, str]) -> Work:
         return _video(given.input, params)
     if given.width is None and suffix not in RAW:
         raise ConfigError(f"--input {given.input}: of what kind is it? {KINDS}")
+    if target in IMAGES or target in VIDEOS:
+        raise ConfigError(f"--output {given.output}: raw frames come back as raw frames; name it .rgb")
     _check_files(given)
     return _raw(given, params)
 

@@ -152,7 +152,10 @@ class Ledger:
             self._place = _place(self.path)
         except (OSError, sqlite3.Error) as error:
             self._let_go()
-            raise ConfigError(f"-datadir: cannot keep a ledger in {self.path}: {error}") from error
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(
+                f"-datadir: cannot keep a ledger in {self.path}: {why}; name a directory that this user can write to"
+            ) from error
         self._thread.start()
 
     def begin(self, job_id: str, capability: str, started: str) -> asyncio.TimerHandle:

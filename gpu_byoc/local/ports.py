@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from aiohttp import web
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
 
 from gpu_byoc.errors import OperatorError
 from gpu_byoc.transport.listen import bind, port_of, serve
@@ -35,10 +36,28 @@ class Listener:
 
 async def listen(routes: list[web.RouteDef], host: str, port: int, flag: str) -> Listener:
     """Serve ``routes`` on host and port. Raises PortInUse or ConfigError, both naming ``flag``."""
-    app = web.Application()
+    app = web.Application(middlewares=[_explaining(routes)])
     app.router.add_routes(routes)
     try:
         sock = bind(host, port)
     except OperatorError as error:
         raise type(error)(f"{flag}: {error}") from error
     return Listener(await serve(app, sock, SHUTDOWN_SECONDS), host, port_of(sock))
+
+
+def _explaining(routes: list[web.RouteDef]) -> Middleware:
+    """404 and 405 as JSON, which every other error is here, with what there is instead."""
+    there = ", ".join(f"{route.method} {route.path}" for route in routes)
+
+    @web.middleware
+    async def explain(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
+            code = error.reason.lower().replace(" ", "_")
+            message = f"{request.method} {request.path}: {error.reason}; here are {there}"
+            allow = {name: value for name, value in error.headers.items() if name == hdrs.ALLOW}
+            body = {"status": "error", "error": code, "message": message}
+            return web.json_response(body, status=error.status, headers=allow)
+
+    return explain

@@ -59,7 +59,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu-byoc stream", description="A clip as live streams, and what comes back.")
+    parser = argparse.ArgumentParser(
+        prog="gpu-byoc stream", description="A clip as live streams, and what comes back.", allow_abbrev=False
+    )
     parser.add_argument("--input", type=Path, help="video file with H.264 (default: the demo's clip)")
     parser.add_argument("--streams", type=int, default=1, help="at once (default: %(default)s)")
     parser.add_argument("--speed", choices=("1", "max"), default="1", help="real time, or as fast as frames come out")
@@ -73,6 +75,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"--streams must be from 1 to {MOST_STREAMS}")
     if given.seconds is not None and not (0 < given.seconds < math.inf):
         raise ConfigError("--seconds must be above 0")
+    if given.input is not None and not given.input.is_file():
+        what = "is not a file" if given.input.exists() else "there is no such file"
+        raise ConfigError(f"--input {given.input}: {what}")
     if given.output.suffix.lower() != ".mp4":
         raise ConfigError(f"--output {given.output}: what comes back is written as mp4; name it so")
     for name in ("trickle", "worker"):
@@ -193,7 +198,7 @@ def _report(console: Console, play: Play) -> list[str]:
             f"{_count(len(play.clients), 'stream')}: {play.cpu_seconds:.2f} s of CPU in {play.seconds:.2f} s"
         )
     else:
-        console.print("  the worker's CPU is not known: it is not a process of ours, or no stream came out")
+        console.print("  the worker's CPU is not known: it was not started here (--worker), or no stream came out")
     if plan.clip.reorder and plan.real_time:
         wait = plan.clip.reorder / 90
         console.print(f"  (the clip has B-frames: {wait:.0f} ms of the latency are pictures that wait for their order)")
@@ -209,8 +214,11 @@ def _report(console: Console, play: Play) -> list[str]:
 def _wrong(number: int, client: LiveClient) -> list[str]:
     figures: Figures = client.figures
     lines = [f"stream {number}: {client.error}"] if client.error else []
-    if figures.lost > 0:
-        lines.append(f"stream {number}: {_count(figures.lost, 'frame')} lost, and not counted as dropped")
+    untaken = figures.untaken if client.error else 0
+    if untaken:
+        lines.append(f"stream {number}: {_count(untaken, 'frame')} published that the worker never took: it had ended")
+    if figures.lost > untaken:
+        lines.append(f"stream {number}: {_count(figures.lost - untaken, 'frame')} lost, and not counted as dropped")
     elif figures.lost < 0 and not client.error:
         lines.append(f"stream {number}: {_count(-figures.lost, 'frame')} came out and are counted as dropped")
     if figures.unknown:

@@ -7,6 +7,7 @@ picture with the same PTS is here as a whole. Both ends are in this process, so 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import time
@@ -100,6 +101,15 @@ class Figures:
         """Frames that went in, did not come out, and were not counted as dropped."""
         return len(self.published) - len(self.received) - self.dropped_frames
 
+    @property
+    def untaken(self) -> int:
+        """Of the lost, those published after the last that came out, where the worker has ended the stream by itself.
+        What it had taken by then came out or is counted as dropped, so it never took these."""
+        if self.state not in ("ended", "failed"):
+            return 0
+        behind = itertools.takewhile(lambda pts: pts not in self.received, reversed(self.published))
+        return max(0, min(self.lost, sum(1 for _ in behind)))
+
     def latencies(self) -> list[float]:
         return [at - self.published[pts] for pts, at in self.received.items()]
 
@@ -170,7 +180,7 @@ class LiveClient:
     async def _create(self, url: str, mime: str) -> None:
         status, text = await self._ask("POST", url, headers={"Expect-Content": mime})
         if status != 200:
-            hint = "; start it with --autocreate" if status == 404 else ""
+            hint = "; start it with --autocreate, or mend the path in its URL" if status == 404 else ""
             raise StreamRefused(f"{url} could not be created: HTTP {status}: {text}{hint}")
 
     async def _start(self) -> None:
@@ -274,7 +284,7 @@ class LiveClient:
 
     async def _watch(self) -> None:
         demuxer = Demuxer()
-        async with Subscriber(self._http, self._urls["publish"], start=0) as segments:
+        async with Subscriber(self._http, self._urls["publish"], start=0, every=True) as segments:
             async for segment in segments:
                 try:
                     async for chunk in segment:
@@ -307,7 +317,7 @@ class LiveClient:
     async def _listen(self) -> None:
         """The worker's events, until the channel is deleted. Raises StreamFailed when it says that the stream did."""
         said = ""
-        async with Subscriber(self._http, self._urls["events"], start=0) as segments:
+        async with Subscriber(self._http, self._urls["events"], start=0, every=True) as segments:
             async for segment in segments:
                 try:
                     lines = (await segment.read()).splitlines()

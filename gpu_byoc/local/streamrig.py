@@ -16,6 +16,7 @@ import psutil
 
 from gpu_byoc.errors import ConfigError
 from gpu_byoc.local.children import Child, Children, pick_ports
+from gpu_byoc.local.container import reason_of
 from gpu_byoc.local.streamclient import Figures, LiveClient, Plan
 from gpu_byoc.media.mux import SEGMENT_SECONDS
 from gpu_byoc.transport.trickle_client import open_session
@@ -97,7 +98,8 @@ async def _answers(
                     return
         except (aiohttp.ClientError, OSError) as error:
             if child is None:
-                raise ConfigError(f"{flag}: nobody answers at {url} ({str(error) or 'not in time'})") from error
+                cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+                raise ConfigError(f"{flag}: nobody answers at {url} ({reason_of(cause)})") from error
         await asyncio.sleep(_POLL_SECONDS)
     if child is None:
         raise ConfigError(f"{flag}: {url} was not as expected within {READY_SECONDS:g} s")

@@ -112,7 +112,9 @@ def read_seconds(url: str) -> list[Second]:
             rows = json.load(answer)["rows"]
             return [_second(row) for row in rows]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ConfigError(f"-worker {url}: cannot read its GET /compute: {error}") from error
+        reason = getattr(error, "reason", None)  # urllib wraps the system's error, whose own text is the plainer one
+        why = (isinstance(reason, OSError) and reason.strerror) or error
+        raise ConfigError(f"-worker {url}: cannot read its GET /compute: {why}") from error
 
 
 def _second(row: Any) -> Second:

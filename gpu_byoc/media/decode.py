@@ -88,6 +88,7 @@ class VideoDecoder:
         self._limits = limits or Limits()
         self._info: VideoInfo | None = None
         self._sps = b""
+        self._new = True  # a sequence header has come since ``_info`` was looked up
         self._last: int | None = None
         self._waiting = True
         self._context = self._open()
@@ -108,7 +109,7 @@ class VideoDecoder:
         if picture.key and picture.sps and picture.sps != self._sps:
             if self._sps:
                 events += self.flush()
-            self._sps = picture.sps
+            self._sps, self._new = picture.sps, True
         self._waiting = False
         packet = packet_of(picture.data)
         packet.pts, packet.dts, packet.time_base = picture.pts, picture.dts, TIME_BASE
@@ -171,21 +172,21 @@ class VideoDecoder:
                     self._restart()
                     break
                 continue
-            info = VideoInfo(
-                self.codec,
-                frame.width,
-                frame.height,
-                frame.format.name,
-                Colour.of(frame),
-                self._context.sample_aspect_ratio or None,
-            )
-            if info != self._info:
-                self._info = info
-                events.append(info)
             assert frame.pts is not None
+            info = self._info
+            if self._new or info is None or (info.width, info.height) != (frame.width, frame.height):
+                info, self._new = self._info_of(frame), False
+                if info != self._info:
+                    self._info = info
+                    events.append(info)
             self._last = frame.pts
             events.append(Frame(frame, frame.pts, bool(frame.key_frame)))
         return events
+
+    def _info_of(self, frame: VideoFrame) -> VideoInfo:
+        """All of it is in the sequence header, or follows from it."""
+        aspect = self._context.sample_aspect_ratio or None
+        return VideoInfo(self.codec, frame.width, frame.height, frame.format.name, Colour.of(frame), aspect)
 
     def _problem(self, frame: VideoFrame) -> Problem | None:
         if frame.is_corrupt:

@@ -78,13 +78,13 @@ class _Counter:
             if left < room:
                 extra = _stuffed(extra, room - left)
                 room = left
-            if extra or first:
-                parts.append(bytes((SYNC, first | self.pid >> 8, self.pid & 255, (0x30 if extra else 0x10) | cc)))
-                parts.append(extra)
-            else:
-                parts.append(self._plain[cc])
-            parts.append(body[at : at + room])
+            head = bytes((SYNC, first | self.pid >> 8, self.pid & 255, (0x30 if extra else 0x10) | cc))
+            parts += head, extra, body[at : at + room]
             at, first, extra = at + room, 0, b""
+            while len(body) - at >= _BODY:  # those in the middle are plain
+                parts += self._plain[self._next], body[at : at + _BODY]
+                self._next = (self._next + 1) & 15
+                at += _BODY
         return b"".join(parts)
 
 

@@ -85,14 +85,15 @@ class ToSlot:
         self._scaler = VideoReformatter()
         self._converter = VideoReformatter()
 
-    def write(self, frame: VideoFrame, slot: memoryview) -> None:
-        """Raises BadFrame if ``slot`` is not ``spec.nbytes`` long, TooLarge if the shapes differ too much to scale."""
+    def write(self, frame: VideoFrame, slot: memoryview, colour: Colour | None = None) -> None:
+        """``colour`` is the frame's; None looks for it. Raises BadFrame if ``slot`` is not ``spec.nbytes`` long,
+        TooLarge if the shapes differ too much to scale."""
         spec = self.spec
         target = np.frombuffer(slot, np.uint8)
         if target.size != spec.nbytes:
             raise BadFrame(f"a slot of {target.size} bytes was given for a frame of {spec} with {spec.nbytes} bytes")
         width, height = covering(frame.width, frame.height, spec)
-        colour = Colour.of(frame)
+        colour = colour or Colour.of(frame)
         matrix = colour.sws_matrix(frame.height)
         if (width, height) != (frame.width, frame.height):
             frame = self._scaler.reformat(frame, width, height, threads=1)

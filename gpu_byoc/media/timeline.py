@@ -48,7 +48,8 @@ class Timeline:
         ``trusted``: a jump is likely here (a keyframe, or the stream announced a discontinuity) and believed at once.
         Places of one track never decrease.
         """
-        track = self._tracks.setdefault(name, _Track())
+        if (track := self._tracks.get(name)) is None:
+            track = self._tracks[name] = _Track()
         place = self._first(track, raw) if track.last is None else self._next(track, track.last, raw, trusted)
         if place is None:
             track.doubtful = raw

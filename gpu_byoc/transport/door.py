@@ -17,21 +17,21 @@ import logging
 import os
 import selectors
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from ipaddress import ip_address
 from typing import Any, Final, TypeAlias
 
 from aiohttp import web
 
-from gpu_byoc.core.origins import plain
+from gpu_byoc.core.origins import peer
 from gpu_byoc.transport import doorman
 from gpu_byoc.transport.doorman import BEAT, TARGETS, Bounds, Guest, Lobby, error
-from gpu_byoc.transport.listen import KEEP_SECONDS, make_runner
+from gpu_byoc.transport.listen import make_runner
 
 log = logging.getLogger("gpu_byoc.http")
 
@@ -46,13 +46,17 @@ DEATHS_SECONDS: Final = 10.0
 END_SECONDS: Final = 1.0
 """For the doorman to end when it is told to."""
 
+GRAIN: Final = 20
+"""Milliseconds by which the kernel's clock of a connection may be behind ours."""
+
 _PASSED_ON: Final = ("LD_LIBRARY_PATH", "PATH", "SYSTEMROOT")
 """Of the environment: what an interpreter may need to start, and nobody's secret."""
 
 
 class Door:
     """``start`` and ``close`` on the event loop. ``most`` connections are inside at once, ``share`` of them from one
-    address: half, so that it cannot keep others out.
+    address: half, so that it cannot keep others out. ``bounds`` are those of the connections at the door; ``keep`` of
+    them goes for those inside, too.
 
     Without ``alone`` there is no doorman; otherwise it is called on the door's thread where there can be none, or none
     any more, and is told why. ``lost`` is called on the event loop if nobody can come in any more: a defect, and only a
@@ -66,8 +70,8 @@ class Door:
         most: int,
         shutdown: float,
         lost: Callable[[], None],
+        bounds: Bounds,
         alone: Callable[[str], None] | None = None,
-        bounds: Bounds | None = None,
     ) -> None:
         self.most = most
         self.share = (most + 1) // 2
@@ -77,15 +81,17 @@ class Door:
         self._answer = answer
         self._lost = lost
         self._alone = alone
-        self._bounds = bounds or Bounds(keep=KEEP_SECONDS)
-        self._runner = make_runner(app, shutdown)
+        self._bounds = bounds
+        self._runner = make_runner(app, shutdown, bounds.keep)
         self._inside: Counter[str] = Counter()  # by client
-        self._lock = threading.Lock()  # over ``_inside``: seats are taken here and given back on the loop
+        self._idle = 0  # connections inside that were idle for too long
+        self._lock = threading.Lock()  # over these: seats are taken here and given back on the loop
         self._lobby = Lobby(self._bounds, self._asked, self._let_in)
         self._ear, self._bell = socket.socketpair()
         self._over = False
         self._doorman: _Doorman | None = None
         self._died: deque[float] = deque(maxlen=DEATHS)
+        self._untold: deque[threading.Event] = deque()  # set when the doorman has been told how we are by then
         self._entering: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
 
@@ -108,6 +114,12 @@ class Door:
         return self._lobby.dropped + (doorman.dropped if doorman else 0)
 
     @property
+    def idle(self) -> int:
+        """Connections that were closed because nothing had moved on them for so long, here and inside."""
+        doorman = self._doorman
+        return self._idle + self._lobby.idle + (doorman.idle if doorman else 0)
+
+    @property
     def doorman(self) -> int | None:
         """Its process id."""
         doorman = self._doorman
@@ -119,6 +131,14 @@ class Door:
         self._sock.setblocking(False)
         self._lobby.selector.register(self._ear, selectors.EVENT_READ, lambda: self._ear.recv(1))
         self._thread.start()
+
+    async def tell(self) -> None:
+        """What has just changed is known at the door when this returns, in a beat at the latest."""
+        told = threading.Event()
+        self._untold.append(told)
+        with contextlib.suppress(OSError):  # the thread is gone already
+            self._bell.send(b"x")
+        await asyncio.to_thread(told.wait, BEAT)
 
     async def close(self) -> None:
         """Nobody comes in any more; then those inside are waited for, up to ``shutdown`` seconds, and cut off."""
@@ -141,8 +161,7 @@ class Door:
                 self._employ(self._alone)
             while not self._over:
                 self._lobby.turn(self._patience())
-                if self._doorman is not None:
-                    self._doorman.beat()
+                self._spread()
             if self._doorman is not None:
                 self._dismiss(self._doorman)
         except Exception as bug:  # of ours; a worker that cannot be reached must not go on as if it could
@@ -153,6 +172,14 @@ class Door:
                 self._doorman.end()
             self._lobby.close()
             self._ear.close()
+
+    def _spread(self) -> None:
+        """Say how we are, where it is time or something has changed."""
+        news = [self._untold.popleft() for _ in range(len(self._untold))]
+        if self._doorman is not None:
+            self._doorman.beat(at_once=bool(news))
+        for told in news:
+            told.set()
 
     def _patience(self) -> float | None:
         if self._doorman is not None:
@@ -188,9 +215,10 @@ class Door:
                 self._let_in(guest)
         if self._doorman.gone and not self._over:
             self._lobby.selector.unregister(self._doorman.pair)
-            status, dropped = self._doorman.end(), self._doorman.dropped
-            self._doorman = None
-            self._lobby.dropped += dropped
+            status = self._doorman.end()
+            gone, self._doorman = self._doorman, None
+            self._lobby.dropped += gone.dropped
+            self._lobby.idle += gone.idle
             self.deaths += 1
             self._died.append(time.monotonic())
             log.warning("the doorman's process has ended with status %d; another one is started", status)
@@ -229,7 +257,7 @@ class Door:
             self._lobby.say(guest, 503, error("overloaded", why), keep=False, more="Retry-After: 1\r\n")
             return
         self._lobby.release(guest)
-        seat = _Seat(guest.sock, lambda: self._left(name))
+        seat = _Seat(guest.sock, lambda quiet: self._left(name, quiet))
         try:
             self._loop.call_soon_threadsafe(self._enter, seat)
         except RuntimeError:  # the loop is closed
@@ -243,8 +271,9 @@ class Door:
             return f"{self.share} connections of your address are open, half of --max-connections; try again"
         return ""
 
-    def _left(self, client: str) -> None:
+    def _left(self, client: str, quiet: float) -> None:
         with self._lock:
+            self._idle += quiet >= self._bounds.keep
             self._inside[client] -= 1
             if not self._inside[client]:
                 del self._inside[client]
@@ -271,8 +300,10 @@ class Door:
 
 def client(address: Any) -> str:
     """Who that is, as far as a socket's address tells: an IPv4 address, or the first half of an IPv6 one, for whoever
-    has one of those has all of its other half."""
-    found = plain(ip_address(address[0].partition("%")[0]))
+    has one of those has all of its other half. What is no IP address is itself."""
+    found = peer(address[0])
+    if found is None:
+        return str(address[0])
     return str(found) if found.version == 4 or found.is_loopback else found.packed[:8].hex()
 
 
@@ -282,7 +313,7 @@ class _Doorman:
     Raises, when it is made: OSError."""
 
     def __init__(self, listener: socket.socket, answer: Answer, bounds: Bounds) -> None:
-        self.waiting = self.dropped = 0
+        self.waiting = self.dropped = self.idle = 0
         self.gone = False
         self._answer = answer
         self._family, self._type = listener.family, listener.type
@@ -314,7 +345,7 @@ class _Doorman:
             if not message:
                 self.gone = True
                 break
-            number, self.waiting, self.dropped = doorman.REPORT.unpack(message)
+            number, self.waiting, self.dropped, self.idle = doorman.REPORT.unpack(message)
             if flags & socket.MSG_CTRUNC:
                 found.append(None)
             for _, _, data in ancillary:
@@ -324,8 +355,8 @@ class _Doorman:
             self._say()
         return found
 
-    def beat(self) -> None:
-        if time.monotonic() - self._said_at >= BEAT:
+    def beat(self, at_once: bool = False) -> None:
+        if at_once or time.monotonic() - self._said_at >= BEAT:
             self._say()
 
     def hang_up(self) -> None:
@@ -368,15 +399,34 @@ def _spawn(listener: int, pair: int, bounds: Bounds) -> subprocess.Popen[bytes]:
 
 
 class _Seat(socket.socket):
-    """A connection inside. Says when it is closed, once, by whomever."""
+    """A connection inside. Says when it is closed, once, by whomever; and for how many seconds nothing had moved on it,
+    0 where the other side has left."""
 
-    def __init__(self, sock: socket.socket, left: Callable[[], None]) -> None:
+    def __init__(self, sock: socket.socket, left: Callable[[float], None]) -> None:
         super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
         self.setblocking(False)
         self._left = left
 
     def close(self) -> None:
         if self.fileno() != -1:
+            quiet = _quiet(self)
             with contextlib.suppress(OSError):  # a reset by the other side, told at the close
                 super().close()
-            self._left()
+            self._left(quiet)
+
+
+_TCP_INFO: Final = struct.Struct("=B43xI4xI")
+"""linux/tcp.h: ``tcpi_state``, ``tcpi_last_data_sent`` and ``tcpi_last_data_recv``, both milliseconds ago."""
+
+_ESTABLISHED: Final = 1
+
+
+def _quiet(sock: socket.socket) -> float:
+    """For how many seconds nothing has been sent or received; 0 where the other side has left, or the system does not
+    tell."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        state, sent, received = _TCP_INFO.unpack(info)
+    except (AttributeError, OSError, struct.error):
+        return 0.0
+    return (min(sent, received) + GRAIN) / 1e3 if state == _ESTABLISHED else 0.0

@@ -9,9 +9,9 @@ Run as a file, ``python -I -S doorman.py``, with nothing of the package and litt
 within 30 ms and takes some 10 MB, of which the interpreter's file is shared. Where there can be no such process, the
 ``Lobby`` is looked after by the worker's own thread: see ``door``.
 
-On the socket to the worker, each message is one: to the worker, the number of its last question, how many wait here and
-how many were dropped, with a connection or none; from there, the number of the question that is answered, 0 before the
-first, and the answers.
+On the socket to the worker, each message is one: to the worker, the number of its last question, how many wait here,
+were dropped and were idle for too long, with a connection or none; from there, the number of the question that is
+answered, 0 before the first, and the answers.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ from collections.abc import Callable
 TARGETS = ("/health", "/ready")
 """What is answered at the door, without a query."""
 
-PEEK = 32768
-"""Bytes that a head may have, as with nginx. Inside, nobody watches how long one takes, so a longer one stays out."""
-
 LINGER_SECONDS = 1.0
 """How long a client that was turned away may go on sending: closed at once, the answer might never reach it."""
 
@@ -40,7 +37,7 @@ AT_ONCE = 64
 BEAT = 0.25
 """Seconds between two answers that the worker sends unasked."""
 
-REPORT = struct.Struct("!IIQ")
+REPORT = struct.Struct("!IIQQ")
 ANSWER = struct.Struct("!HH")
 NUMBER = struct.Struct("!I")
 MESSAGE = 65536
@@ -54,30 +51,36 @@ REASONS = {
 
 
 class Bounds:
-    """``head``: seconds within which a request's head must have come. ``keep``: those for which a connection may be
-    idle between two. ``sweep``: how often is looked at the clock. ``silence``: seconds after which a worker that says
-    nothing serves nobody any more. ``fresh``: for which a worker's answer of this moment is waited for; then its last
-    one is given, which is at most BEAT older where it is well. ``most``: connections that have not said yet what they
-    want, or ask nothing but how we are; the oldest makes room."""
+    """``head``: seconds within which a request's head must have come. ``size``: bytes that one may have; inside, nobody
+    watches how long it takes, so a longer one stays out. ``keep``: seconds for which a connection may be idle between
+    two. ``most``: connections that have not said yet what they want, or ask nothing but how we are; the oldest makes
+    room.
+
+    ``sweep``: how often is looked at the clock. ``silence``: seconds after which a worker that says nothing serves
+    nobody any more. ``fresh``: for which a worker's answer of this moment is waited for; then its last one is given,
+    which is at most BEAT older where it is well."""
 
     def __init__(
         self,
-        head: float = 10.0,
-        keep: float = 75.0,
+        head: float,
+        size: int,
+        keep: float,
+        most: int,
         sweep: float = 1.0,
         silence: float = 10.0,
         fresh: float = 0.005,
-        most: int = 256,
     ) -> None:
         self.head = head
+        self.size = size
         self.keep = keep
+        self.most = most
         self.sweep = sweep
         self.silence = silence
         self.fresh = fresh
-        self.most = most
 
     def arguments(self) -> list[str]:
-        return [str(each) for each in (self.head, self.keep, self.sweep, self.silence, self.fresh, self.most)]
+        numbers = (self.head, self.size, self.keep, self.most, self.sweep, self.silence, self.fresh)
+        return [str(each) for each in numbers]
 
 
 class Guest:
@@ -105,7 +108,7 @@ class Lobby:
     ``say`` or ``release``; either at once, or later after ``hold``.
 
     ``dropped`` counts those that had to go without having been let in: a head that did not end in time or is too long,
-    or others needed the room.
+    others needed the room, or the worker took nobody. ``idle`` counts those that said nothing for too long.
 
     All in one thread, which calls ``turn``. Its ``selector`` is for whatever else that thread waits for: a key's data
     is what to call."""
@@ -116,6 +119,7 @@ class Lobby:
         self.bounds = bounds
         self.guests: dict[Guest, None] = {}  # the one that was answered last comes last
         self.dropped = 0
+        self.idle = 0
         self.selector = selectors.DefaultSelector()
         self._asked = asked
         self._let_in = let_in
@@ -133,6 +137,8 @@ class Lobby:
                 self.dropped += 1
                 self.say(guest, 408, error("body_timeout", text), keep=False)
             else:
+                self.dropped += guest.held
+                self.idle += not (guest.held or guest.leaving)
                 self.send_away(guest)
 
     def say(self, guest: Guest, status: int, body: bytes, *, keep: bool, more: str = "") -> None:
@@ -214,9 +220,9 @@ class Lobby:
 
     def _look(self, guest: Guest) -> None:
         try:
-            head = guest.sock.recv(PEEK, socket.MSG_PEEK)
+            head = guest.sock.recv(self.bounds.size, socket.MSG_PEEK)
             if guest.leaving:
-                guest.sock.recv(PEEK)
+                guest.sock.recv(self.bounds.size)
         except BlockingIOError:
             self._watch(guest)
             return
@@ -246,9 +252,9 @@ class Lobby:
 
     def _unfinished(self, guest: Guest, seen: int) -> None:
         """So much of a head is there, and not its end."""
-        if seen >= PEEK:
+        if seen >= self.bounds.size:
             self.dropped += 1
-            self.say(guest, 431, error("bad_request", f"a head of more than {PEEK} bytes"), keep=False)
+            self.say(guest, 431, error("bad_request", f"a head of more than {self.bounds.size} bytes"), keep=False)
         elif seen == guest.seen:  # woken without more: nothing more comes
             guest.sock.recv(seen)  # what is not read would make a reset of the end
             self.send_away(guest)
@@ -275,7 +281,7 @@ class Doorman:
         self._number = self._answered = 0
         self._asking: dict[Guest, tuple[str, bool, int, float]] = {}  # target, keep, number of its question, deadline
         self._entering: dict[Guest, None] = {}
-        self._reported = (0, 0)
+        self._reported = (0, 0, 0)
         self._over = False
         listener.setblocking(False)
         pair.setblocking(False)
@@ -288,9 +294,12 @@ class Doorman:
         while not self._over and os.getppid() == parent:
             self._lobby.turn(self._patience())
             self._answer()
-            if self._reported != (len(self._lobby.guests), self._lobby.dropped) and self._number == self._answered:
+            if self._reported != self._counts() and self._number == self._answered:
                 self._report()
         self._lobby.close()
+
+    def _counts(self) -> tuple[int, int, int]:
+        return len(self._lobby.guests), self._lobby.dropped, self._lobby.idle
 
     def _patience(self) -> float:
         first = min((deadline for *_, deadline in self._asking.values()), default=None)
@@ -311,7 +320,7 @@ class Doorman:
                 self._number -= 1
 
     def _report(self) -> bool:
-        counts = (len(self._lobby.guests), self._lobby.dropped)
+        counts = self._counts()
         try:
             self._pair.send(REPORT.pack(self._number, *counts))
         except OSError:  # no room, or nobody there, which the next look at the pair finds
@@ -375,7 +384,8 @@ class Doorman:
     def _pass_on(self) -> None:
         for guest in list(self._entering):
             if guest in self._lobby.guests:
-                counts = (len(self._lobby.guests) - 1, self._lobby.dropped)
+                waiting, dropped, idle = self._counts()
+                counts = (waiting - 1, dropped, idle)
                 try:
                     socket.send_fds(self._pair, [REPORT.pack(self._number, *counts)], [guest.sock.fileno()])
                     self._reported = counts
@@ -409,10 +419,10 @@ def error(code: str, message: str) -> bytes:
 
 
 def main(listener: int, pair: int, parent: int, *bounds: str) -> None:
-    head, keep, sweep, silence, fresh, most = bounds
+    head, size, keep, most, sweep, silence, fresh = bounds
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the worker's affair; it ends this process
         signal.signal(number, signal.SIG_IGN)
-    limits = Bounds(float(head), float(keep), float(sweep), float(silence), float(fresh), int(most))
+    limits = Bounds(float(head), int(size), float(keep), int(most), float(sweep), float(silence), float(fresh))
     Doorman(socket.socket(fileno=listener), socket.socket(fileno=pair), limits).run(parent)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import itertools
 import logging
 import socket
+from pathlib import Path
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from gpu_byoc.errors import ConfigError, PortInUse
+from gpu_byoc.transport import doorman
 
 READ_BUFFER = 1 << 20
 """Bytes of a body that may wait to be read. One 640x480 RGB frame fits (921,600 bytes), so that reading is not paused
@@ -47,16 +50,16 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
-def make_runner(app: web.Application, shutdown: float) -> web.AppRunner:
-    """How we serve: a handler is cancelled when its client goes away, and ``cleanup()`` waits up to ``shutdown``
-    seconds for handlers. Bodies are not decompressed: one that is longer than its Content-Length says is how requests
-    are smuggled through a relay."""
+def make_runner(app: web.Application, shutdown: float, keep: float) -> web.AppRunner:
+    """How we serve: a handler is cancelled when its client goes away, a connection that is idle for ``keep`` seconds is
+    closed, and ``cleanup()`` waits up to ``shutdown`` seconds for handlers. Bodies are not decompressed: one that is
+    longer than its Content-Length says is how requests are smuggled through a relay."""
     return web.AppRunner(
         app,
         access_log=None,
         handler_cancellation=True,
         shutdown_timeout=shutdown,
-        keepalive_timeout=KEEP_SECONDS,
+        keepalive_timeout=keep,
         read_bufsize=READ_BUFFER,
         auto_decompress=False,
         logger=_log,
@@ -83,7 +86,7 @@ _log.addFilter(_Malformed())
 
 async def serve(app: web.Application, sock: socket.socket, shutdown: float) -> web.AppRunner:
     """Serve ``app`` on ``sock``. The caller ends it with ``runner.cleanup()``."""
-    runner = make_runner(app, shutdown)
+    runner = make_runner(app, shutdown, KEEP_SECONDS)
     await runner.setup()
     try:
         await web.SockSite(runner, sock, backlog=BACKLOG).start()
@@ -127,14 +130,23 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def _by(port: int) -> str:
-    """`` by pid 12 (python processor.py)``, or nothing where that cannot be seen."""
+    """`` by pid 12 (python processor.py)``, or nothing where that cannot be seen. Of a worker its own process, never
+    its doorman, who has the port too: a worker starts another one when that is stopped."""
     import psutil
 
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                command = " ".join(psutil.Process(connection.pid).cmdline())
-                return f" by pid {connection.pid} ({command[:120]})"
+                holder = psutil.Process(connection.pid)
+                if doorman.__file__ in holder.cmdline():
+                    holder = holder.parent() or holder
+                return f" by pid {holder.pid} ({_short(holder.cmdline())})"
     except (psutil.Error, OSError):
         return ""
     return ""
+
+
+def _short(command: list[str]) -> str:
+    """Up to the first long option: ``python gpu-byoc serve``. What follows may be long, or a secret."""
+    words = itertools.takewhile(lambda word: not word.startswith("--"), command)
+    return " ".join(Path(word).name if word.startswith("/") else word for word in words)[:60]

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from gpu_byoc.core.origins import Address, ChannelUrl, Origin, Policy, parse
+from gpu_byoc.core.origins import Address, ChannelUrl, Origin, Policy, parse, peer
 from gpu_byoc.errors import BadRequest, ChannelFailed, OriginRefused
 
 RESOLVE_SECONDS: Final = 5.0
@@ -116,11 +116,11 @@ class Gatekeeper:
         for field, url in parsed.items():
             if why := self._policy.refusal(url.origin):
                 raise OriginRefused(field, str(url.origin), why)
-        peer = None if caller is None else ip_address(caller.partition("%")[0])
+        who = None if caller is None else peer(caller)
         hosts: dict[str, list[Address]] = {}
         for field, url in parsed.items():
             if url.origin.host not in hosts:
-                hosts[url.origin.host] = await self._addresses(field, url.origin, peer)
+                hosts[url.origin.host] = await self._addresses(field, url.origin, who)
         return {field: str(url) for field, url in parsed.items()}, Pins(hosts)
 
     async def _addresses(self, field: str, origin: Origin, caller: Address | None) -> list[Address]:

@@ -77,15 +77,18 @@ class Subscriber:
         stall: float = STALL_SECONDS,
         backoff: Backoff | None = None,
         label: str = "",
+        every: bool = False,
     ) -> None:
-        """``start`` is an index, NEWEST, NEXT or OLDEST. ``label`` is what errors call the channel; its URL is a secret
-        and is not in their texts."""
+        """``start`` is an index, NEWEST, NEXT or OLDEST. ``every``: one that falls behind goes on with the oldest that
+        is still there, as long as it is; without it with what comes next, as is right for pictures that nobody waits
+        for, and wrong where the last message is the one that counts. ``label`` is what errors call the channel; its URL
+        is a secret and is not in their texts."""
         self.ended: End | None = None
         self._session = session
         self._url = url.rstrip("/")
         self._reissue = reissue
         self._stall = stall
-        self._cursor = Subscription(start, backoff, label or redacted(self._url))
+        self._cursor = Subscription(start, backoff, label or redacted(self._url), every=every)
         self._ahead: asyncio.Task[IncomingSegment | End] | None = None
         self._current: IncomingSegment | None = None
 
@@ -178,21 +181,27 @@ class IncomingSegment:
         self._response = response
         self._url = str(response.url).rpartition("/")[0]
         self._stall = stall
+        self._loop = asyncio.get_running_loop()
+        self._asked: float | None = None  # since when somebody waits for more
+        self._watch = self._loop.call_later(stall, self._look)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
+        self._asked = self._loop.time()
         try:
-            async with asyncio.timeout(self._stall):
-                data = await self._response.content.readany()
+            data = await self._response.content.readany()
         except TimeoutError:
             self.close()
             raise SegmentFailed(self.seq, f"no byte for {self._stall:g} s after {self.received}") from None
         except (aiohttp.ClientError, OSError) as error:
             self.close()
             raise SegmentFailed(self.seq, f"cut off after {self.received} bytes: {words(error, self._url)}") from error
+        finally:
+            self._asked = None
         if not data:
+            self._watch.cancel()
             raise StopAsyncIteration
         self.received += len(data)
         return data
@@ -208,6 +217,16 @@ class IncomingSegment:
                 raise SegmentFailed(self.seq, f"longer than the {limit} bytes that are allowed here")
         return b"".join(chunks)
 
+    def _look(self) -> None:
+        """One timer for the segment rather than one for each chunk."""
+        now = self._loop.time()
+        over = (now if self._asked is None else self._asked) + self._stall
+        if over <= now:
+            self._response.content.set_exception(TimeoutError())
+        else:
+            self._watch = self._loop.call_at(over, self._look)
+
     def close(self) -> None:
         """Read no more of it."""
+        self._watch.cancel()
         self._response.release()  # closes the connection unless all of it was read

@@ -12,6 +12,7 @@ from typing import Final, Self
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import StreamWriter
 from aiohttp.payload import Payload
 
 from gpu_byoc.core.cursor import RESET, Backoff, End, Publication, Retry, Skip, Stored, first_index
@@ -194,7 +195,7 @@ class OutgoingSegment:
         self._publisher = publisher
         self._place = place
         self._headers = headers
-        self._writer: AbstractStreamWriter | None = None
+        self._writer: StreamWriter | None = None
         self._changed = asyncio.Event()  # a connection is there, or the outcome is
         self.task = asyncio.create_task(self._run())
         self.task.add_done_callback(self._ended)
@@ -250,18 +251,22 @@ class OutgoingSegment:
             raise self._publisher.closed(done)
         return done
 
-    def connected(self, writer: AbstractStreamWriter) -> None:
+    def connected(self, writer: StreamWriter) -> None:
         """For the body: the request's head is out, what is written goes there from now on."""
         self._writer = writer
         self._changed.set()
 
     async def _hand_over(self, piece: memoryview) -> None:
         try:
-            async with asyncio.timeout(self._publisher.progress):
-                await self._changed.wait()
-                if self._writer is not None and not self.settled:
-                    self.sent += len(piece)
-                    await self._writer.write(piece)
+            if not self._changed.is_set():
+                async with asyncio.timeout(self._publisher.progress):
+                    await self._changed.wait()
+            if (writer := self._writer) is not None and not self.settled:
+                self.sent += len(piece)
+                await writer.write(piece, drain=False)  # does not wait
+                if writer.transport is not None and writer.transport.get_write_buffer_size():
+                    async with asyncio.timeout(self._publisher.progress):
+                        await writer.drain()
         except TimeoutError:
             await self._stuck("the server takes no more")
         except (aiohttp.ClientError, OSError):  # the request breaks for the same reason, and says what it means
@@ -323,6 +328,7 @@ class _Body(Payload):
         raise TypeError("a segment's body is written once, as it comes")
 
     async def write(self, writer: AbstractStreamWriter) -> None:
+        assert isinstance(writer, StreamWriter), "aiohttp's client has no other"
         await writer.write(b"")  # sends the head of the request now, not with the first byte of the body
         self._segment.connected(writer)
         await self._segment.closing.wait()

@@ -53,7 +53,7 @@ class Worker:
         self.door: Door | None = None  # None in tests that serve without one
         self.active = 0
         self.budget = Budget(config.max_collected)
-        self.suspects = Suspects(config.error_budget)
+        self.suspects = Suspects(config.error_budget, config.limits.max_failing_clients)
         self.quiet = asyncio.Event()  # set when the last job ends while draining
         self.began = time.monotonic()
         self.health = Health(self)

@@ -8,10 +8,9 @@ tells how many there are, and how they do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from ipaddress import ip_address
 from typing import Any, Final
 
-from gpu_byoc.core.origins import plain
+from gpu_byoc.core import origins
 from gpu_byoc.worker.jobs import STREAM as JOBS
 
 STREAMS: Final = "streams"
@@ -21,12 +20,13 @@ _RELAYED: Final = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via", "Origin")
 
 def is_here(headers: Mapping[str, str], peer: str | None) -> bool:
     """Whether a call comes from this machine, and from no browser on it. A proxy on this machine that does not say
-    that it is one cannot be told from its operator."""
+    that it is one cannot be told from its operator. What has no IP address (a Unix socket) is a proxy."""
     if peer is None or any(name in headers for name in _RELAYED):
         return False
     host = headers.get("Host", "")
     name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-    return plain(ip_address(peer.partition("%")[0])).is_loopback and name in ("localhost", "127.0.0.1", "[::1]")
+    address = origins.peer(peer)
+    return address is not None and address.is_loopback and name in ("localhost", "127.0.0.1", "[::1]")
 
 
 def unnamed(report: Mapping[str, Any]) -> dict[str, Any]:

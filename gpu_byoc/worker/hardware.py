@@ -16,6 +16,7 @@ ROOMS: tuple[tuple[str, str, Callable[[Sequence[int]], int], str], ...] = (
     ("byoc_slots", "slots", sum, "Slots, of all frame sizes that have memory now"),
     ("byoc_slots_free", "free", sum, "Slots nobody holds"),
     ("byoc_slots_waiting", "waiting", sum, "Jobs and streams that wait for slots"),
+    ("byoc_frame_sizes", "slots", len, "Frame sizes that have memory now"),
     ("byoc_slot_memory_bytes", "memory", sum, "Host memory of the slots"),
     ("byoc_batch_limit", "max_batch", min, "Frames that share a batch; fewer than --max-batch after memory ran out"),
     ("byoc_pinned", "pinned", min, "1: all slots are pinned host memory, as copies to and from a GPU want it"),

@@ -20,10 +20,6 @@ from gpu_byoc.engine.engine import Lease
 from gpu_byoc.media.audio import AudioPacket
 from gpu_byoc.media.decode import VideoInfo
 
-MAX_AUDIO: Final = 2048
-MAX_AUDIO_BYTES: Final = 8 << 20
-"""Audio packets that wait to go out, forty seconds, and their bytes. Over either the oldest goes."""
-
 AUDIO_AT_ONCE: Final = 8
 """Audio packets that go out without a picture, a sixth of a second of them. Fewer wait for the next picture and share
 its way: each trip of their own would cost a wake-up of two threads and a write."""
@@ -49,10 +45,13 @@ Item: TypeAlias = Ticket | AudioPacket
 
 
 class House:
-    """``share`` is how many frames may be in the house now."""
+    """``share`` is how many frames may be in the house now. ``most_audio`` packets of sound may wait to go out, and
+    ``most_audio_bytes`` of them; over either the oldest goes."""
 
-    def __init__(self, share: Callable[[], int]) -> None:
+    def __init__(self, share: Callable[[], int], most_audio: int, most_audio_bytes: int) -> None:
         self._share = share
+        self._most_audio = most_audio
+        self._most_audio_bytes = most_audio_bytes
         self._lock = threading.Condition()
         self._frames: deque[Ticket] = deque()  # submitted and not released, oldest first
         self._line: deque[Item] = deque()  # what came in and was not taken out yet
@@ -137,7 +136,7 @@ class House:
             if self._sounds >= AUDIO_AT_ONCE:
                 self._lock.notify_all()
             fits = True
-            while self._sounds > MAX_AUDIO or self._sound_bytes > MAX_AUDIO_BYTES:
+            while self._sounds > self._most_audio or self._sound_bytes > self._most_audio_bytes:
                 oldest = next(item for item in self._line if isinstance(item, AudioPacket))
                 self._line.remove(oldest)
                 self._heard(oldest, -1)

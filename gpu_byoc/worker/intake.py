@@ -145,7 +145,7 @@ class Intake:
         assert self._info is not None
         ticket = Ticket(lease, frame.pts, arrived, self._info, frame.key)
         try:
-            self._writer_for(spec).write(frame.picture, lease.views[0])
+            self._writer_for(spec).write(frame.picture, lease.views[0], self._info.colour)
             self._house.enter(ticket)
             lease.submit(self._name, params.processor, lambda outcome: self._house.landed(ticket, outcome))
         except (BadFrame, TooLarge) as error:
@@ -211,7 +211,11 @@ class Intake:
     def _spec(self, frame: Frame, params: StreamParams) -> FrameSpec:
         """The input's own size unless the params say another; even, as 4:2:0 demands."""
         width, height = params.width or frame.picture.width, params.height or frame.picture.height
-        return FrameSpec(max(2, width & ~1), max(2, height & ~1), self._format)
+        width, height = max(2, width & ~1), max(2, height & ~1)
+        last = self._writer.spec if self._writer is not None else None
+        if last is not None and (last.width, last.height) == (width, height):
+            return last
+        return FrameSpec(width, height, self._format)
 
     def _writer_for(self, spec: FrameSpec) -> ToSlot:
         if self._writer is None or self._writer.spec != spec:

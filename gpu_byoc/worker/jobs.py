@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
 
+from gpu_byoc.core.slots import State
 from gpu_byoc.engine.device import Outcome
 from gpu_byoc.engine.engine import Lease
 from gpu_byoc.errors import (
@@ -167,7 +168,7 @@ async def _raw(worker: Worker, request: web.Request, job: Job, body: Body | None
         response.content_type = RAW
         await _write(worker, request, response, views, _lent(worker, lease))
     finally:
-        lease.release()
+        _let_go(lease)
     return response
 
 
@@ -232,7 +233,7 @@ async def _image(
         outcome = await _run(worker, lease, job)
         return await _in_thread(lambda: images.encode(view, spec, media)), outcome
     finally:
-        lease.release()
+        _let_go(lease)
 
 
 async def _json(worker: Worker, request: web.Request, body: Body) -> web.StreamResponse:
@@ -341,16 +342,24 @@ async def _lent(worker: Worker, lease: Lease) -> AsyncIterator[None]:
 
 
 async def _run(worker: Worker, lease: Lease, job: Job) -> Outcome:
-    """Submit and wait for the outcome; what failed is raised. Cancelled: the caller releases, the work is dropped."""
+    """Submit and wait for the outcome; what failed is raised. Cancelled or out of time: work that was not begun is
+    dropped, and what the device makes of the rest still counts for its client."""
     loop = asyncio.get_running_loop()
     finished: asyncio.Future[Outcome] = loop.create_future()
 
     def settle(outcome: Outcome) -> None:
-        if not finished.done():
+        if finished.done():
+            lease.release()
+        else:
             finished.set_result(outcome)
 
     def done(outcome: Outcome) -> None:
-        loop.call_soon_threadsafe(settle, outcome)
+        """On the engine's thread. Where nobody waits any more there may be no loop either."""
+        worker.suspects.ran(lease.client, isinstance(outcome.error, ProcessorError), time.monotonic())
+        if finished.done():
+            lease.release()
+        else:
+            loop.call_soon_threadsafe(settle, outcome)
 
     # Jobs have no order among themselves, but those that can share a batch stand in one line.
     alone = worker.suspects.alone(lease.client, time.monotonic())
@@ -362,12 +371,18 @@ async def _run(worker: Worker, lease: Lease, job: Job) -> Outcome:
             outcome = await finished
     except TimeoutError:
         raise ProcessorTimeout(f"no result within {seconds:g} s (--job-timeout)") from None
-    worker.suspects.ran(lease.client, isinstance(outcome.error, ProcessorError), time.monotonic())
     if outcome.error is not None:
         raise outcome.error
     if worker.tracing is not None:
         worker.tracing.ran(outcome, job.frames)
     return outcome
+
+
+def _let_go(lease: Lease) -> None:
+    """The end of a job. Slots that the device is using go back when it is through with them (``done`` in ``_run``)."""
+    assert lease.hold is not None
+    if lease.hold.state is not State.RUNNING:
+        lease.release()
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -5,7 +5,7 @@ what does not fit, where it would otherwise be killed in the middle of everybody
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -73,7 +73,7 @@ def fitted(config: ServeConfig, limit: int | None) -> tuple[ServeConfig, str]:
 
 
 def bounds(config: ServeConfig) -> dict[str, float]:
-    """Every bound that can be set, by its flag and in its flag's unit; docs/operations.md says what each is for."""
+    """Every bound, by its flag and in its flag's unit; docs/operations.md says what each is for."""
     engine, security = config.engine, config.security
     processor = config.job_timeout if engine.processor_timeout is None else engine.processor_timeout
     return {
@@ -99,6 +99,8 @@ def bounds(config: ServeConfig) -> dict[str, float]:
         "max-stream-seconds": security.max_stream_seconds,
         "max-update-rate": security.max_update_rate,
         "drain-seconds": config.drain_seconds,
+        "max-frame-sizes": engine.max_frame_sizes,
+        **{name.replace("_", "-"): value for name, value in asdict(config.limits).items()},
     }
 
 
@@ -116,6 +118,8 @@ def limit_metrics(worker: Worker) -> Iterator[Metric]:
     yield CounterMetricFamily("byoc_collected_reclaimed", text, worker.budget.reclaimed)
     text = "Clients at too many of whose jobs the processor failed, so that their jobs run alone for a while"
     yield CounterMetricFamily("byoc_clients_set_apart", text, worker.suspects.found)
+    text = "Clients whose jobs failed, and that others took the place of among those that are remembered"
+    yield CounterMetricFamily("byoc_clients_forgotten", text, worker.suspects.forgotten)
     if (door := worker.door) is not None:
         connections = GaugeMetricFamily(
             "byoc_connections", "Open connections; at the door: have not said what they want", labels=["where"]
@@ -127,3 +131,5 @@ def limit_metrics(worker: Worker) -> Iterator[Metric]:
         yield CounterMetricFamily("byoc_connections_refused", text, door.refused)
         text = "Connections that did not end a request's head in time, sent too long a one, or made room at the door"
         yield CounterMetricFamily("byoc_connections_dropped", text, door.dropped)
+        text = "Connections closed because nothing had moved on them for --idle-timeout, or nothing ever came"
+        yield CounterMetricFamily("byoc_connections_idle_closed", text, door.idle)

@@ -81,6 +81,8 @@ class Outlet:
         pieces, self._kept = _joined(self._kept), []
         for left, piece in enumerate(pieces, 1 - len(pieces)):
             assert self._sink is not None
+            if self._sink.full:
+                self._tell("trouble", "output_waits")
             self._sink.put(Departure(piece, None if left else arrived), len(piece.data))
         self.departed += arrived is not None
 

@@ -31,7 +31,7 @@ class Pump:
     when all is out, or with the error that stopped it. ``sink`` None: frames are computed and not encoded. ``budget``
     is within how many seconds of its arrival a frame must have a slot; None waits as long as it takes. ``share`` is how
     many slots the stream may hold now, ``may_fail`` the share of its frames that the processor may fail at.
-    ``open_reader`` and ``pixel_rate`` are the ``Intake``'s.
+    ``open_reader`` and ``pixel_rate`` are the ``Intake``'s, ``most_audio`` and ``most_audio_bytes`` the ``House``'s.
     """
 
     def __init__(
@@ -50,8 +50,10 @@ class Pump:
         may_fail: float,
         open_reader: OpenReader,
         pixel_rate: float | None,
+        most_audio: int,
+        most_audio_bytes: int,
     ) -> None:
-        self.house = House(share)
+        self.house = House(share, most_audio, most_audio_bytes)
         self._intake = Intake(
             engine,
             self.house,

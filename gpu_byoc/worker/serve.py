@@ -26,9 +26,17 @@ from gpu_byoc.config import (
     read_security,
 )
 from gpu_byoc.engine.fleet import Fleet
-from gpu_byoc.errors import EXIT_DEVICE_LOST, EXIT_STUCK, GpuByocError, ProcessorTimeout
+from gpu_byoc.errors import (
+    EXIT_DEVICE_LOST,
+    EXIT_STUCK,
+    EXIT_USAGE,
+    GpuByocError,
+    OperatorError,
+    ProcessorTimeout,
+)
 from gpu_byoc.processor import ArrayProcessor, Processor
 from gpu_byoc.transport.door import Door
+from gpu_byoc.transport.doorman import Bounds
 from gpu_byoc.transport.listen import bind, keep_freed_memory, port_of
 from gpu_byoc.worker.admin import Admin
 from gpu_byoc.worker.app import Worker
@@ -47,11 +55,17 @@ a Python loop each step of ``/health`` waits that long: measured on two cores, 5
 as fast with 5 ms, and jobs of 640x480 frames cost up to a tenth less CPU time where cores are short."""
 
 _overrides: dict[str, Any] = {}
+_has_run = False
 
 
 def override(**changes: Any) -> None:
     """What ``gpu-byoc run`` was told on its command line, over what the file says in ``run_processor``."""
     _overrides.update(changes)
+
+
+def has_run() -> bool:
+    """Whether this process has come to run a processor, by ``run_processor``."""
+    return _has_run
 
 
 async def run_processor(processor: Processor, port: int = 8000, host: str = "0.0.0.0", **options: Any) -> None:
@@ -60,10 +74,22 @@ async def run_processor(processor: Processor, port: int = 8000, host: str = "0.0
     ``options`` are fields of ``ServeConfig`` (``backend``, ``capability``, ``engine`` ...).
 
     Raises:
-        OperatorError: it could not start; says what to do.
+        SystemExit: EXIT_USAGE, it could not start as told; what to do is on stderr, as after a command.
 
     A lost device or a stuck processor ends the process, with EXIT_DEVICE_LOST or EXIT_STUCK: see ``leave``.
     """
+    global _has_run
+    _has_run = True
+    try:
+        code = await _run_processor(processor, port, host, options)
+    except OperatorError as error:
+        print(f"gpu-byoc: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from error
+    if code:
+        leave(code)
+
+
+async def _run_processor(processor: Processor, port: int, host: str, options: dict[str, Any]) -> int:
     _page_format()
     config = ServeConfig(host=host, port=port, **options)
     changes = dict(_overrides)
@@ -77,9 +103,9 @@ async def run_processor(processor: Processor, port: int = 8000, host: str = "0.0
         changes["otel_endpoint"] = otel_endpoint()
     if engine := changes.pop("engine", None):
         changes["engine"] = replace(config.engine, **engine)
-    code = await run(replace(config, **changes), processor)
-    if code:
-        leave(code)
+    if limits := changes.pop("limits", None):
+        changes["limits"] = replace(config.limits, **limits)
+    return await run(replace(config, **changes), processor)
 
 
 def leave(code: int) -> NoReturn:
@@ -111,8 +137,10 @@ async def run(config: ServeConfig, processor: Processor) -> int:
         if config.registration is not None:
             worker.registration = Registration(config, port_of(sock))
         lost = partial(stop.now, EXIT_DEVICE_LOST)
-        alone = worker.degraded.append
-        worker.door = Door(worker.app(), sock, worker.health.answer, config.max_connections, 1.0, lost, alone)
+        limits = config.limits
+        bounds = Bounds(limits.head_timeout, limits.max_head_kb << 10, limits.idle_timeout, limits.max_at_door)
+        most, alone = config.max_connections, worker.degraded.append
+        worker.door = Door(worker.app(), sock, worker.health.answer, most, 1.0, lost, bounds, alone)
         await worker.door.start()
         stack.push_async_callback(worker.door.close)
         if config.admin_port is not None:
@@ -126,6 +154,7 @@ async def run(config: ServeConfig, processor: Processor) -> int:
         await asyncio.wait([loading, stop.task], return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
+            await worker.door.tell()  # who reads the next line, or takes our registration, may ask /health at once
             log.info("Trickle server listening on port %d", port_of(sock))
             if worker.registration is not None:
                 registering = asyncio.create_task(worker.registration.run())

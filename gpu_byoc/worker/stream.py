@@ -50,16 +50,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gpu_byoc.stream")
 
-SOURCE_BYTES = 8 << 20
-"""Input that may wait for the decoder: 3 s at 20 Mbit/s. Beyond it the subscriber is not read."""
-
-SINK_BYTES = 8 << 20
-"""Output that may wait for the publisher; beyond it encoding waits, then slots run out and frames are dropped."""
-
-MESSAGE_BYTES = 32 * 1024
-MESSAGE_LINES = 40
-"""Lines of one control message that are read: by default two seconds' worth."""
-
 SEGMENT_COST = 16 << 10
 """Bytes that a segment counts for beside its own: an empty one is a request all the same."""
 HEARTBEAT = 1.0
@@ -106,17 +96,18 @@ class LiveStream:
         self._worker = worker
         self._connect = connect
         self._security = security = worker.config.security
+        self._limits = limits = worker.config.limits
         self._pace = Pace(security.max_input_mbit * 1e6 / 8, time.monotonic())
         self._control_pace = Pace(security.max_update_rate, time.monotonic())
         self._fleet = worker.ready_engine()
         check_size(self._fleet, params, security.max_stream_pixels)
         self._loop = asyncio.get_running_loop()
-        self._source: ToThread[Arrival] = ToThread(SOURCE_BYTES)
-        self._sink: ToLoop[Departure] | None = ToLoop(SINK_BYTES) if urls.publish else None
+        self._source: ToThread[Arrival] = ToThread(limits.input_buffer_mb << 20)
+        self._sink: ToLoop[Departure] | None = ToLoop(limits.output_buffer_mb << 20) if urls.publish else None
         self._finished: asyncio.Future[BaseException | None] = self._loop.create_future()
         self._stopping = asyncio.Event()
         self._flush_seconds = FLUSH_SECONDS
-        self._news = News(name, urls, self._problem, PATIENCE)
+        self._news = News(name, urls, self._problem, PATIENCE, limits.max_news)
         self._output = self._make_output()
         self._used = Usage()  # at the last heartbeat
         self._fps = {"ingress": 0.0, "egress": 0.0}
@@ -135,10 +126,12 @@ class LiveStream:
             pixel_format=pixel_format(worker.processor) or "rgb24",
             open_reader=partial(
                 SandboxedReader if security.sandbox_decode else StreamReader,
-                Limits(max_pixels=security.max_stream_pixels),
+                Limits(max_pixels=security.max_stream_pixels, max_pes=limits.max_packet_mb << 20),
             ),
             pixel_rate=None if worker.config.lossless else security.max_pixel_rate,
             may_fail=worker.config.error_budget,
+            most_audio=limits.max_audio_packets,
+            most_audio_bytes=limits.max_audio_mb << 20,
             # one more may come
             share=lambda: max(3, engine.config.slots // (self._fleet.streams_on(engine) + 1)),
         )
@@ -287,6 +280,8 @@ class LiveStream:
     async def _segment_in(self, segment: IncomingSegment) -> None:
         try:
             async for chunk in segment:
+                if self._source.full:
+                    self._problem("input_waits")
                 await self._source.put(Arrival(chunk, time.monotonic()), len(chunk))
                 await self._slow_down(len(chunk))
         except SegmentFailed as error:
@@ -327,7 +322,7 @@ class LiveStream:
             return
         label = _label("control", self.urls.control)
         try:
-            async with Subscriber(http, self.urls.control, backoff=PATIENCE, label=label) as messages:
+            async with Subscriber(http, self.urls.control, backoff=PATIENCE, label=label, every=True) as messages:
                 async for message in messages:
                     await self._message(await self._read(message))
             self.stop("the control channel is closed")
@@ -336,7 +331,7 @@ class LiveStream:
 
     async def _read(self, message: Any) -> bytes:
         try:
-            data: bytes = await message.read(MESSAGE_BYTES)
+            data: bytes = await message.read(self._limits.max_update_kb << 10)
         except SegmentFailed as error:
             self._problem("control")
             log.warning("stream %s: control: %s", self.name, error)
@@ -344,12 +339,12 @@ class LiveStream:
         return data
 
     async def _message(self, data: bytes) -> None:
-        lines = [line for line in data.splitlines() if line.strip()]
-        for line in lines[:MESSAGE_LINES]:
+        lines, most = [line for line in data.splitlines() if line.strip()], self._limits.max_update_lines
+        for line in lines[:most]:
             self._line(line)
-        if len(lines) > MESSAGE_LINES:
-            self._refused(BadParams("control", f"{len(lines)} lines in a message; only {MESSAGE_LINES} were read"))
-        if wait := self._control_pace.wait(max(1, min(len(lines), MESSAGE_LINES)), time.monotonic()):
+        if len(lines) > most:
+            self._refused(BadParams("control", f"{len(lines)} lines in a message; only {most} were read"))
+        if wait := self._control_pace.wait(max(1, min(len(lines), most)), time.monotonic()):
             self._problem("control_rate")
             await asyncio.sleep(wait)
 

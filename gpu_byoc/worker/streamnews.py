@@ -24,7 +24,6 @@ from gpu_byoc.worker.streamparams import Urls
 
 log = logging.getLogger("gpu_byoc.stream")
 
-KEPT: Final = 256
 PAUSE: Final = 1.0
 """Seconds before a broken channel is tried again."""
 
@@ -37,13 +36,14 @@ LAST_SECONDS: Final = 2.0
 
 class News:
     """``tell``, ``pulse`` and ``line`` queue and return at once; ``events`` and ``data`` send, until they are cancelled
-    or nobody is there to hear it. All on the event loop."""
+    or nobody is there to hear it. ``most`` events, and as many lines, wait for that. All on the event loop."""
 
-    def __init__(self, name: str, urls: Urls, problem: Callable[[str], None], backoff: Backoff) -> None:
+    def __init__(self, name: str, urls: Urls, problem: Callable[[str], None], backoff: Backoff, most: int) -> None:
         self._name = name
         self._urls = urls
         self._problem = problem
         self._backoff = backoff
+        self._most = most
         self._events: deque[dict[str, Any]] = deque()
         self._pulse: dict[str, Any] | None = None  # the newest heartbeat; older ones are of no interest
         self._has_events = asyncio.Event()
@@ -70,8 +70,8 @@ class News:
         self._has_lines.set()
 
     def _bound(self, what: str, queue: deque[Any], url: str | None) -> None:
-        """The newest KEPT. Where there is no such channel nobody misses the others."""
-        while len(queue) > KEPT:
+        """The newest. Where there is no such channel nobody misses the others."""
+        while len(queue) > self._most:
             queue.popleft()
             if url is not None:
                 self._problem(what + "_dropped")

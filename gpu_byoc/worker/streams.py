@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gpu_byoc.stream")
 
-MAX_MESSAGE = 1 << 20
-MAX_UPDATE = 32 << 10
-"""Bytes of new parameters, as in a message of the control channel: a stream keeps its last updates as events."""
 STOP_SECONDS = 6.0
 """How long a stop waits for the stream to flush before it says so anyway; the stream goes on flushing."""
 
@@ -76,7 +73,7 @@ class Streams:
         if worker.draining:
             raise Draining("the worker is shutting down; start the stream elsewhere")
         worker.ready_engine()
-        body = await self._json(request)
+        body = await self._json(request, worker.config.limits.max_message_kb)
         name = _name(request, body)
         urls, pins = await self._admit(name, given_urls(body), request.remote)
         try:
@@ -107,7 +104,7 @@ class Streams:
         return self._success("Stream stopped successfully")
 
     async def update(self, request: web.Request) -> web.Response:
-        body = await self._json(request, MAX_UPDATE)
+        body = await self._json(request, self._worker.config.limits.max_update_kb)
         name = body.pop("gateway_request_id", None)
         stream = self._find(request, {"gateway_request_id": name}, "update")
         if not stream.affords_update():
@@ -186,10 +183,10 @@ class Streams:
         """For a start, where the network's own workers answer 400."""
         return web.json_response(error.body() | {"current_state": self._worker.state}, status=400)
 
-    async def _json(self, request: web.Request, most: int = MAX_MESSAGE) -> dict[str, Any]:
+    async def _json(self, request: web.Request, most_kb: int) -> dict[str, Any]:
         if not request.content_type.startswith("application/json"):
             raise BadRequest(f"Content-Type {request.content_type!r}; expected application/json")
-        async with collected(request, most, self._worker.config.body_timeout, self._worker.budget) as text:
+        async with collected(request, most_kb << 10, self._worker.config.body_timeout, self._worker.budget) as text:
             pass
         try:
             body = json.loads(text.data)
@@ -202,7 +199,7 @@ class Streams:
     async def _any_json(self, request: web.Request) -> dict[str, Any]:
         """Stop takes any body or none."""
         try:
-            return await self._json(request)
+            return await self._json(request, self._worker.config.limits.max_message_kb)
         except GpuByocError:
             return {}
 

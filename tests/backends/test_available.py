@@ -35,7 +35,7 @@ def ask(blocked: tuple[str, ...] = (), path: Path | None = None) -> tuple[dict[s
         [sys.executable, "-W", "error", "-c", head + _ASK.format(blocked=blocked)],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=True,
     )
     assert run.stderr == "", "asking is silent"

@@ -42,7 +42,7 @@ def test_the_page_s_backend_keeps_the_contract(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     assert run.returncode == 0, run.stdout[-3000:]

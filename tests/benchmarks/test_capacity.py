@@ -303,5 +303,6 @@ def test_a_tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer["streams_that_fit"] >= 1
     assert answer["binding"]
     peak = rows["numpy, 64x48, peak"]
+    assert "failed" not in peak, peak
     assert peak["missed"] == 0
     assert peak["frames_per_second"] > 0

@@ -28,7 +28,7 @@ def first(folder: Path, *steps: str, seconds: int) -> tuple[int, list[str]]:
         env={**os.environ, "PYTHON": str(python), "SECONDS_IN_ALL": str(seconds)},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     return done.returncode, (folder / "out" / "summary.txt").read_text().splitlines()

@@ -115,7 +115,7 @@ def test_a_load_runs_until_it_is_told_to_end(port: int) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as load:
         assert load.stdout is not None
         assert load.stdout.readline() == "busy\n"
-        out, _ = load.communicate(timeout=50)
+        out, _ = load.communicate(timeout=150)
     done, failed = map(int, out.split())
     assert done >= 2
     assert failed == 0

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import pytest
+from aiohttp import web
 
 from gpu_byoc.core.cursor import Backoff
 from gpu_byoc.errors import SegmentFailed
 from gpu_byoc.media.mpegts import PACKET
 from gpu_byoc.processors.passthrough import Passthrough
-from gpu_byoc.transport.trickle_client import Publisher, Subscriber, open_session
+from gpu_byoc.transport.listen import bind, port_of, serve
+from gpu_byoc.transport.trickle_client import IncomingSegment, Publisher, Subscriber, open_session
 from gpu_byoc.worker import stream as streams
 from gpu_byoc.worker.stream import LiveStream
 from tests.support.clips import frames, packets
@@ -130,6 +132,105 @@ def test_output_that_is_cut_in_the_middle_of_a_segment(seed: int) -> None:
         whole = [segment for segment in p.viewer.segments if segment and not len(segment) % PACKET]
         assert len(packets(b"".join(whole))) >= session.frames_out, "confirmed, so it is there"
         untouched(p.calm, source)
+
+    go()
+
+
+@asynchronous
+async def test_input_that_is_cut_again_and_again_with_nobody_there_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The subscriber asks until somebody answers, each time anew: no outage counts for the next one. Of the segments
+    that were cut some frames are lost, of the others none; none comes twice."""
+    monkeypatch.setattr(streams, "PATIENCE", Backoff(first=0.1, attempts=8))
+    source = clip(20, 2 * 4 + 1)  # every second one is cut; two refusals each time
+    async with pair("subscribe") as p:
+        stream, served, segment_in = p.stream, p.proxy.target, p.stream._segment_in
+        current: list[IncomingSegment] = []  # the one that is being read
+
+        async def noted(segment: IncomingSegment) -> None:
+            current[:] = [segment]
+            await segment_in(segment)
+
+        monkeypatch.setattr(stream, "_segment_in", noted)
+        other = asyncio.create_task(publish(p.rig, "calm", source))
+        async with open_session() as session, Publisher(session, p.rig.base + "s", "video/MP2T", delete=True) as out:
+            for number, data in enumerate(source, 1):
+                half = number - 1, len(data) // 2
+                async with out.segment() as segment:
+                    if number % 2 == 0:
+                        await segment.write(data[: len(data) // 2])
+                        await p.until(lambda half=half: [(each.seq, each.received) for each in current] == [half])  # type: ignore[misc]
+                        await p.until(lambda: len(p.proxy._writers) >= 4)  # both ends of it, and of the next one's
+                        p.proxy.target, asked = 1, p.proxy.accepted
+                        p.proxy.drop()
+                        # Twice by aiohttp for each time that the subscriber asks.
+                        await p.until(lambda asked=asked: p.proxy.accepted >= asked + 4)  # type: ignore[misc]
+                        p.proxy.target = served
+                        await segment.write(data[len(data) // 2 :])
+                    else:
+                        await segment.write(data)
+                await p.until(lambda number=number: stream.segments_in >= number)  # type: ignore[misc]
+        await other
+    assert stream.session.state.value == "ended"
+    assert stream.session.problems["segment_failed"] == 4
+    assert "segments_skipped" not in stream.session.problems
+    shown = [each.pts for each in packets(p.viewer.media)]
+    assert shown == sorted(set(shown)), "nothing twice"
+    for sound in source[::2]:
+        assert {each.pts for each in packets(sound)} <= set(shown)
+    accounted(stream)
+    untouched(p.calm, source)
+
+
+@contextlib.asynccontextmanager
+async def late_refusals(index: int, status: int) -> AsyncIterator[tuple[str, dict[int, bytes]]]:
+    """The URL of a channel whose server takes each segment to its end, and then refuses one; and all their bodies."""
+    bodies: dict[int, bytes] = {}
+
+    async def first(request: web.Request) -> web.Response:
+        return web.Response(text="0", headers={"Lp-Trickle-Latest": "0"})
+
+    async def segment(request: web.Request) -> web.Response:
+        seq = int(request.match_info["seq"])
+        bodies[seq] = await request.read()
+        return web.Response(status=status, text="not this one") if seq == index else web.Response()
+
+    app = web.Application(client_max_size=1 << 30)
+    app.add_routes([web.get("/out/next", first), web.post("/out/{seq}", segment)])
+    sock = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{port_of(sock)}/out"
+    runner = await serve(app, sock, shutdown=1.0)
+    try:
+        yield url, bodies
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_output_that_is_refused_when_all_of_it_was_sent(status: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Its frames had gone out: they are taken back and count as lost, which is said once; the next segment goes on."""
+
+    @asynchronous
+    async def go() -> None:
+        source = clip(30, 4)
+        async with late_refusals(1, status) as (url, bodies), rig(Passthrough()) as r:
+            for name in ("s", "calm"):
+                r.create(name)
+            async with watching(r, "s") as viewer, watching(r, "calm") as calm:
+                stream_urls = r.urls("s") | {"publish_url": url}
+                assert (await r.call("stream/start", stream_urls))[0] == 200
+                assert (await r.call("stream/start", r.urls("calm")))[0] == 200
+                stream = r.stream("s")
+                await asyncio.gather(paced(r, "s", source), publish(r, "calm", source))
+                await r.until_over()
+        session = stream.session
+        refused = len(packets(bodies.pop(1)))
+        assert refused > 0
+        assert sum(len(packets(body)) for body in bodies.values()) == 120 - refused == session.frames_out
+        assert (session.frames_in, session.dropped) == (120, {"segment_lost": refused})
+        last = beats(viewer)[-1]
+        assert (last["state"], last["problems"]) == ("ended", {"segment_lost": 1})
+        assert len([each for each in caplog.messages if f"output segment 1: HTTP {status}: not this one" in each]) == 1
+        untouched(calm, source)
 
     go()
 

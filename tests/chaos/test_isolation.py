@@ -1,11 +1,13 @@
 """One poisonous stream among three good ones: its frames fail alone, it is ended, and the others notice nothing.
-Likewise one that floods its control channel."""
+Likewise one that floods its control channel, and jobs that are poison and whose caller hangs up."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import io
+import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,15 +19,16 @@ import numpy as np
 import pytest
 from av.video.frame import VideoFrame
 
-from gpu_byoc.config import EngineConfig, SecurityConfig, ServeConfig
+from gpu_byoc.config import EngineConfig, LimitConfig, SecurityConfig, ServeConfig
+from gpu_byoc.core.errorbudget import LEAST
 from gpu_byoc.core.pace import BURST
 from gpu_byoc.errors import ConfigError
 from gpu_byoc.processor import ArrayProcessor
-from gpu_byoc.worker.stream import MESSAGE_LINES
 from tests.support.clips import frames, packets
 from tests.support.streams import Rig, Viewer, beats, clip, publish, rig, watching
-from tests.support.workers import asynchronous
+from tests.support.workers import another, asynchronous, running
 
+LINES = LimitConfig().max_update_lines
 GOOD = ("a", "b", "c")
 BRIGHT = 240
 BATCH = 8
@@ -232,9 +235,9 @@ async def test_a_flood_of_control_messages_is_heard_slowly_and_others_lose_nothi
             await r.worker.until(lambda: good.ended.is_set() and loud.session.problems["control_rate"] > 0)
         assert [p.pts for p in packets(viewer.media)] == [p.pts for p in packets(b"".join(source))]
         assert not good.session.dropped
-        most = SecurityConfig().max_update_rate * (time.monotonic() - began + BURST) + MESSAGE_LINES
+        most = SecurityConfig().max_update_rate * (time.monotonic() - began + BURST) + LINES
         assert 0 < heard <= most
-        assert (loud.session.problems["params"] > 0) == (lines > MESSAGE_LINES), "what is not read is said"
+        assert (loud.session.problems["params"] > 0) == (lines > LINES), "what is not read is said"
         flooding.cancel()
         await asyncio.wait([flooding])
         async with asyncio.timeout(20):
@@ -242,6 +245,55 @@ async def test_a_flood_of_control_messages_is_heard_slowly_and_others_lose_nothi
                 r.server.hub.write("loud-control", b'{"fail": true}')
                 await asyncio.sleep(0.5)
         assert not loud.ended.is_set(), "it goes on"
+
+
+class Trap(ArrayProcessor):
+    """Holds each batch until ``gate`` is open, and then cannot stand bytes of 255. ``met``: batch sizes."""
+
+    def __init__(self) -> None:
+        self.met: list[int] = []
+        self.gate = threading.Event()
+
+    def process_batch(self, batch: Any, params: Any, xp: Any) -> Any:
+        self.met.append(len(batch))
+        assert self.gate.wait(20)
+        if (batch == 255).any():
+            raise ValueError("poison")
+        return batch
+
+
+@pytest.mark.parametrize("late", [False, True])
+@asynchronous
+async def test_poison_counts_also_where_its_caller_has_hung_up(late: bool) -> None:
+    """All at once while the device has them, or their time was up (``late``): they still fail, and their client's next
+    ones run alone. Another one's job in the same batch is well, and every slot comes back."""
+    trap, size, wait = Trap(), LEAST + 1, {"job_timeout": 3.0} if late else {}
+    async with running(trap, EngineConfig(slots=2 * size, max_batch=size), **wait) as bad, another(bad) as good:
+        assert bad.worker.engine is not None
+        (engine,) = bad.worker.engine.engines
+        plug = asyncio.create_task(good.post(bytes(3)))
+        await good.until(lambda: trap.met == [1])
+        fine = asyncio.create_task(good.post(bytes(3)))
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n\xff\xff\xff"
+        callers = [socket.create_connection(("127.0.0.1", bad.port)) for _ in range(LEAST)]
+        for caller in callers:
+            caller.sendall(head)
+        await bad.until(lambda: engine.batcher.waiting == size)
+        trap.gate.set()
+        trap.gate.clear()
+        await bad.until(lambda: trap.met == [1, size])
+        if not late:
+            for caller in callers:
+                caller.close()
+        await bad.until(lambda: bad.worker.active == (0 if late else 1))
+        assert bad.worker.suspects.found == 0, "the processor has not said anything yet"
+        trap.gate.set()
+        await bad.until(lambda: bad.free() == 0)
+        assert bad.worker.suspects.found == 1
+        assert bad.worker.suspects.alone("127.0.0.1", time.monotonic())
+        assert [(await job)[0] for job in (plug, fine)] == [200, 504 if late else 200]
+        for caller in callers:
+            caller.close()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])

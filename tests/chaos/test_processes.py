@@ -197,7 +197,7 @@ async def seen(what: Callable[[], bool]) -> None:
 
 
 async def watch(session: aiohttp.ClientSession, url: str, into: list[bytes]) -> None:
-    async with Subscriber(session, url, start=0) as segments:
+    async with Subscriber(session, url, start=0, every=True) as segments:
         async for segment in segments:
             with contextlib.suppress(SegmentFailed):  # it was being written when its writer died
                 into.append(await segment.read())

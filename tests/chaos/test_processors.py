@@ -56,7 +56,7 @@ def test_garbage_fails_its_own_frames_and_is_never_sent_on(kind: str) -> None:
                 else:
                     assert status == 500
                     assert b'"processor_output"' in body
-            await worker.until(lambda: worker.free() == 0)
+            await worker.idle()
             assert await worker.get("/health") == {"status": "IDLE"}
 
     go()
@@ -93,7 +93,7 @@ async def test_a_processor_that_leaks_costs_its_own_leak_and_no_slot() -> None:
         await send(count)
         grown = process.memory_info().rss - before
         assert grown < 2 * count * spec.nbytes * 1.5 + (16 << 20), "its batches and its results, and nothing of ours"
-        await worker.until(lambda: worker.free() == 0)
+        await worker.idle()
         async with worker.session.get(worker.url + "/metrics") as answer:
             lines = (await answer.text()).splitlines()
         (peak,) = [line.split()[1] for line in lines if line.startswith("byoc_memory_peak_bytes ")]

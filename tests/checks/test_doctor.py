@@ -312,6 +312,7 @@ def test_the_workers_port(text: str, port: int) -> None:
     assert machine.worker_port(text) == port
 
 
+@pytest.mark.timeout(240)  # each run opens every backend there is, in processes of their own
 def test_the_command_examines_this_machine_and_says_it_twice() -> None:
     """As a process: a table for people, plain where there is no terminal, and JSON."""
     runs = [
@@ -319,7 +320,7 @@ def test_the_command_examines_this_machine_and_says_it_twice() -> None:
             [sys.executable, "-m", "gpu_byoc", "doctor", *flags],
             capture_output=True,
             text=True,
-            timeout=55,
+            timeout=110,
             check=False,
         )
         for flags in ([], ["--json"])

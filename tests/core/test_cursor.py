@@ -113,6 +113,31 @@ def test_the_oldest_that_is_there_is_read_and_all_after_it() -> None:
     assert cursor.skipped == 0
 
 
+def test_who_wants_every_one_reads_what_is_still_there() -> None:
+    """The last message of a channel is the one that counts, and nothing may come after it."""
+    root = Trickle(Limits(), now=0)
+    channel = root.create("a", "", now=0)
+    cursor, got = Subscription(0, every=True), list[str]()
+    for number in range(12):
+        channel.write(str(number).encode(), now=0)
+        if number < 2:
+            got.append(read_on(cursor, channel.find, lambda: channel.next_seq)[1])  # type: ignore[index]
+    for _ in range(10):
+        found = read_on(cursor, channel.find, lambda: channel.next_seq)
+        if found is not None:
+            got.append(found[1])
+    assert got == ["0", "1", "8", "9", "10", "11"]
+    assert cursor.skipped == 6
+
+
+@pytest.mark.parametrize(("start", "every"), [(OLDEST, False), (0, True)])
+def test_a_server_that_promises_more_and_more_is_not_asked_without_a_pause(start: int, every: bool) -> None:
+    cursor = Subscription(start, every=every)
+    pauses = [cursor.answered(470, absent(RING * step)).after for step in range(2, 40)]  # type: ignore[union-attr]
+    assert pauses.count(0.0) == RING + 1
+    assert pauses[RING + 1 :] == [STEP] * (38 - RING - 1)
+
+
 def test_a_named_index_that_is_absent_skips_nothing_we_know_of() -> None:
     cursor = Subscription(NEWEST)
     assert cursor.answered(470, absent(10)) == Ask(10, STEP)
@@ -188,10 +213,10 @@ answers = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from([OLDEST, NEWEST, NEXT, 0, 5]), answers)
-def test_whatever_a_server_answers(start: int, given_answers: list[tuple[int, str, str, bool]]) -> None:
-    cursor, failures, met, missed = Subscription(start), 0, False, 0
-    seeking = start == OLDEST
+@given(st.sampled_from([OLDEST, NEWEST, NEXT, 0, 5]), st.booleans(), answers)
+def test_whatever_a_server_answers(start: int, every: bool, given_answers: list[tuple[int, str, str, bool]]) -> None:
+    cursor, failures, met, missed = Subscription(start, every=every), 0, False, 0
+    seeking, tried = start == OLDEST, 0
     for status, seq, latest, closed in given_answers:
         headers = {name: value for name, value in ((SEQ, seq), (LATEST, latest)) if value}
         before = cursor.ask().seq
@@ -214,12 +239,13 @@ def test_whatever_a_server_answers(start: int, given_answers: list[tuple[int, st
             assert asks == decision.seq + 1 > 0
             assert decision.skipped == cursor.skipped - missed
             assert decision.skipped >= (max(0, decision.seq - before) if before >= 0 else 0)
-            met, failures, missed, seeking = True, 0, cursor.skipped, False
+            met, failures, missed, seeking, tried = True, 0, cursor.skipped, False, 0
             continue
         assert decision.seq == asks
-        if seeking and asks > before:
+        if (seeking or every) and asks > before >= 0:
             assert asks <= int(latest)
-            assert decision.after == 0
+            tried += 1
+            assert decision.after == (STEP if tried > RING + 1 else 0)
             met, failures = True, 0
             continue
         assert decision.after >= STEP, "a server is never asked again at once"

@@ -14,7 +14,7 @@ from gpu_byoc_backends.numpy_cpu import NumpyBackend
 
 from gpu_byoc.config import EngineConfig
 from gpu_byoc.engine.device import Outcome
-from gpu_byoc.engine.engine import MAX_ROOMS, STALE, Engine
+from gpu_byoc.engine.engine import STALE, Engine
 from gpu_byoc.errors import (
     BadParams,
     DeviceLost,
@@ -246,13 +246,14 @@ def test_memory_that_was_made_small_is_made_anew_for_a_job_that_needs_more() -> 
 
 
 def test_frame_sizes_are_bounded() -> None:
-    house = House(Gated(), slots=2, max_batch=1)
-    for width in range(1, 2 * MAX_ROOMS):
+    house = House(Gated(), slots=2, max_batch=1, max_frame_sizes=3)
+    for width in range(1, 6):
         house.lease(spec=FrameSpec(width, 1)).release()
-    assert len(house.engine.rooms()) == MAX_ROOMS
-    held = [house.lease(spec=FrameSpec(width, 2)) for width in range(100, 100 + MAX_ROOMS)]
+    assert len(house.engine.rooms()) == 3
+    held = [house.lease(spec=FrameSpec(width, 2)) for width in range(100, 103)]
     with pytest.raises(Overloaded):
         house.lease(spec=FrameSpec(99, 2))
+    assert house.engine.crowded == 1
     for lease in held:
         lease.release()
     house.engine.close()

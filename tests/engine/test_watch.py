@@ -16,6 +16,7 @@ from gpu_byoc.backend import Batch
 from gpu_byoc.engine.device import Outcome
 from gpu_byoc.engine.engine import Lease
 from gpu_byoc.engine.host import HostBackend
+from gpu_byoc.engine.watch import PROBE_SECONDS
 from gpu_byoc.errors import (
     DeviceLost,
     DeviceOutOfMemory,
@@ -31,7 +32,7 @@ from tests.support.engines import SPEC, WAIT, Gated, House, Staged, value
 SHORT = 0.2
 """A limit in seconds that is to be reached."""
 
-LONGER = 0.5
+LONGER = 1.0
 """One that is not, by what moves; what stands still and is well all the same has limits of a minute."""
 
 
@@ -75,10 +76,16 @@ def test_a_device_that_fails_while_nobody_uses_it_is_noticed_within_a_second() -
     house = House(Gated(), backend)
     fatal = fatal_of(house)
     backend.probes.get(timeout=WAIT)
-    backend.answer = raises(DeviceLost("an illegal address was met"))
-    began = time.monotonic()
+    asked = queue.SimpleQueue[int]()
+
+    def answer() -> None:
+        asked.put(1)
+        raise DeviceLost("an illegal address was met")
+
+    backend.answer = answer
     assert "illegal address" in str(fatal.get(timeout=WAIT))
-    assert time.monotonic() - began < 1.0
+    assert asked.qsize() == 1, "by the first probe"
+    assert PROBE_SECONDS < 1.0
     assert isinstance(house.engine.fatal, DeviceLost)
     with pytest.raises(Draining):
         house.lease()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from docker import images
 from tests.support.containers import HARDENED, ROOT, Container, Engine, find_engine
 from tests.support.processes import example, free_port, get, post
 
@@ -24,6 +26,7 @@ IMAGE = os.environ.get("GPU_BYOC_TEST_IMAGE", "")
 if not IMAGE:
     pytest.skip("no image: make images-test builds it and runs these", allow_module_level=True)
 
+DOCKER_PAGE = (ROOT / "docs/docker.md").read_text(encoding="utf-8")
 FRAME = bytes(640 * 480 * 3)
 TINTED = 640 * 480 * 80
 
@@ -67,9 +70,9 @@ def test_it_says_how_it_is_run(engine: Engine) -> None:
 
 
 def test_its_labels_say_what_it_was_made_from(engine: Engine) -> None:
-    labels = {
-        name.removeprefix("org.opencontainers.image."): text for name, text in engine.config(IMAGE)["Labels"].items()
-    }
+    prefix = "org.opencontainers.image."  # the builder may sign with another
+    said = engine.config(IMAGE)["Labels"].items()
+    labels = {name.removeprefix(prefix): text for name, text in said if name.startswith(prefix)}
     version = engine.run(IMAGE, "--version").stdout.split()[-1]
     assert labels["version"] == version
     assert labels["licenses"] == "MIT"
@@ -77,14 +80,23 @@ def test_its_labels_say_what_it_was_made_from(engine: Engine) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     if head.returncode == 0:
         assert labels["revision"].removesuffix("-changed") == head.stdout.strip()
-    assert labels.keys() >= {"source", "created", "title", "description"}
+    known = {name.removeprefix("org.opencontainers.image.") for name in images.labels()}
+    assert labels.keys() == known | {"title", "description", "licenses", "base.name"}
+    assert labels.get("source", "https://").startswith(("https://", "http://"))
+    assert not {"", "unknown"} & set(labels.values())
 
 
 def test_it_adds_less_than_300_mb_to_its_base() -> None:
     asked = [sys.executable, str(ROOT / "docker/images.py"), "sizes", "cpu"]
     size = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
-    print(size)
     assert 50 < size["added_mb"] < 300
+    assert size["mb"] == pytest.approx(size["base_mb"] + size["added_mb"])
+    if size["base"] == images.STANDIN:  # which docs/docker.md's figures are of
+        (said,) = re.findall(r"^\| `gpu-byoc:cpu` .*\| (\d+) MB \|$", DOCKER_PAGE, flags=re.M)
+        assert size["added_mb"] == pytest.approx(int(said), abs=15)
+        (below, whole) = re.findall(r"stand-in is (\d+) MB, the CPU image on it (\d+) MB", DOCKER_PAGE)[0]
+        assert size["base_mb"] == pytest.approx(int(below), abs=15)
+        assert size["mb"] == pytest.approx(int(whole), abs=25)
 
 
 def test_it_holds_no_torch_no_compiler_no_cache(engine: Engine) -> None:

@@ -1,12 +1,18 @@
-"""The Kubernetes manifests: valid by Kubernetes' own schemas, and in step with the worker."""
+"""The Kubernetes manifests: valid by the schemas of Kubernetes and the Prometheus Operator, in step with the worker."""
 
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
+import re
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
+import promql_parser
 import pytest
 import yaml
 
@@ -15,7 +21,9 @@ from tests.support.workers import asynchronous, running
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((ROOT / "deploy/k8s").glob("*.yaml"))}
-NATIVE = sorted(FILES.keys() - {"podmonitor"})  # the Prometheus Operator's kind has no schema of Kubernetes'
+NATIVE = sorted(FILES.keys() - {"podmonitor"})  # whose kind is the Prometheus Operator's
+DOCS = ROOT / "docs"
+SCHEMAS = ROOT / "tests/data/operator"
 
 
 def manifest(name: str) -> dict[str, Any]:
@@ -52,6 +60,114 @@ def test_the_schema_would_refuse_a_typo() -> None:
     said["spec"]["template"]["spec"]["terminationGraceSeconds"] = 15
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(said, "1.37", strict=True)
+
+
+def problems(kind: str, said: dict[str, Any]) -> list[str]:
+    """What the operator's schema has against it. A field that a cluster would drop without a word counts."""
+    schema = json.loads((SCHEMAS / f"{kind}.json").read_text(encoding="utf-8"))
+    found = jsonschema.Draft202012Validator(schema).iter_errors(said)
+    return [f"{'.'.join(map(str, deepest.absolute_path))}: {deepest.message}" for deepest in map(inner, found)]
+
+
+def inner(error: Any) -> Any:
+    """Of a value that is of no form allowed, why not of the first: the others are only null."""
+    return inner(error.context[0]) if error.context else error
+
+
+def alerts() -> dict[str, Any]:
+    said: dict[str, Any] = yaml.safe_load((DOCS / "alerts.yaml").read_text(encoding="utf-8"))
+    return said
+
+
+def test_the_operator_takes_the_podmonitor() -> None:
+    said = manifest("podmonitor")
+    assert (said["apiVersion"], said["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
+    assert problems("PodMonitor", said) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        ("metadata", "lables", {}),
+        ("spec", "jobLable", "x"),
+        ("spec.selector", "matchLabel", {}),
+        ("spec.podMetricsEndpoints.0", "intervall", "10s"),
+        ("spec.podMetricsEndpoints.0", "interval", "10 s"),
+        ("spec.podMetricsEndpoints.0", "scrapeTimeout", "ten"),
+        ("spec.podMetricsEndpoints.0", "scheme", "gopher"),
+        ("spec.podMetricsEndpoints.0", "port", 8000),
+        ("spec", "podMetricsEndpoints", {}),
+        ("spec", "selector", None),
+    ],
+)
+def test_the_operators_schema_would_refuse(where: str, name: str, value: object) -> None:
+    said = manifest("podmonitor")
+    at(said, where)[name] = value
+    (problem,) = problems("PodMonitor", said)
+    assert problem.startswith(f"{where}.{name}:") or f"{name!r} was unexpected" in problem
+
+
+def test_the_operators_schema_would_miss_a_selector() -> None:
+    said = manifest("podmonitor")
+    del said["spec"]["selector"]
+    assert problems("PodMonitor", said) == ["spec: 'selector' is a required property"]
+
+
+def at(said: Any, where: str) -> Any:
+    return reduce(lambda part, step: part[int(step) if step.isdigit() else step], where.split("."), said)
+
+
+def test_the_alert_rules_are_a_prometheusrule() -> None:
+    rule = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule", "metadata": {"name": "gpu-byoc"}}
+    assert problems("PrometheusRule", {**rule, "spec": alerts()}) == []
+    for name, value in (("for", "a minute"), ("label", {})):
+        wrong = alerts()
+        wrong["groups"][0]["rules"][0][name] = value
+        (problem,) = problems("PrometheusRule", {**rule, "spec": wrong})
+        assert problem.startswith("spec.groups.0.rules.0")
+        assert name in problem
+
+
+@pytest.mark.parametrize("kind", ["PodMonitor", "PrometheusRule"])
+def test_the_schemas_are_those_that_were_extracted(kind: str) -> None:
+    digest = hashlib.sha256((SCHEMAS / f"{kind}.json").read_bytes()).hexdigest()
+    assert f"| {kind}.json | `{digest}` |" in (SCHEMAS / "README.md").read_text(encoding="utf-8")
+
+
+def expressions() -> list[str]:
+    """Of the alert rules and of the dashboard, whose variables a duration stands in for."""
+    board = json.loads((DOCS / "grafana/gpu-byoc.json").read_text(encoding="utf-8"))
+    shown = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    ruled = [rule["expr"] for group in alerts()["groups"] for rule in group["rules"]]
+    return [re.sub(r"\$__\w+", "5m", each) for each in [*ruled, *shown]]
+
+
+@pytest.mark.parametrize("expression", expressions())
+def test_prometheus_can_read(expression: str) -> None:
+    promql_parser.parse(expression)
+
+
+@pytest.mark.parametrize("wrong", ["sum by (a (rate(x[5m]))", "rate(x)", "quantile_of(x)"])
+def test_prometheus_would_refuse(wrong: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - the parser has no class of its own
+        promql_parser.parse(wrong)
+
+
+def test_the_job_that_alerts_ask_for_is_the_podmonitors() -> None:
+    named = {job for each in expressions() for job in re.findall(r'\bjob="([^"]*)"', each)}
+    labels = manifest("deployment")["spec"]["template"]["metadata"]["labels"]
+    assert named == {labels[manifest("podmonitor")["spec"]["jobLabel"]]}
+
+
+def test_the_adapters_rule_gives_the_hpa_its_metric() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "kubernetes.md").read_text(encoding="utf-8"), re.S)
+    (rule,) = yaml.safe_load(text)["rules"]
+    (metric,) = manifest("hpa")["spec"]["metrics"]
+    assert rule["name"]["matches"] == metric["pods"]["metric"]["name"]
+    assert rule["seriesQuery"].startswith(metric["pods"]["metric"]["name"] + "{")
+    promql_parser.parse(rule["seriesQuery"])
+    filled = rule["metricsQuery"].replace("<<.Series>>", rule["name"]["matches"])
+    promql_parser.parse(filled.replace("<<.LabelMatchers>>", 'namespace="x",pod="y"'))
 
 
 def test_they_all_mean_the_same_pods() -> None:

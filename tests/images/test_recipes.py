@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from docker import images
 from tests.support.processes import WAIT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,6 +127,58 @@ def test_the_wheel_gets_all_that_it_is_made_of_and_nothing_else() -> None:
     assert copied == {"pyproject.toml", "README.md", "LICENSE"} | folders | {f"docker/{name}.lock" for name in LOCKS}
 
 
+# --- labels
+
+NOWHERE = (
+    *("", "/srv/a/b.git", "../b", "./a:b", "file:///srv/b.git", "file://example.org/b", "git://example.org/b.git"),
+    *("https://example.org/", "https:///a/b", "example.org:", "work:a/b.git", "https://localhost/a/b"),
+    *("https://192.168.0.2/a", "ssh://git@[::1]/a", "https://[::1/a"),
+)
+
+
+@pytest.mark.parametrize(
+    ("remote", "url"),
+    [
+        ("https://github.com/a/b.git", "https://github.com/a/b"),
+        ("https://github.com/a/b/", "https://github.com/a/b"),
+        ("http://git.example.org:3000/a/b.git", "http://git.example.org:3000/a/b"),
+        ("https://user:secret@example.org/a/b.git", "https://example.org/a/b"),
+        ("https://token@example.org:8443/a/b", "https://example.org:8443/a/b"),
+        ("https://example.org/a/b?token=secret#secret", "https://example.org/a/b"),
+        ("ssh://git@example.org:2222/a/b.git", "https://example.org/a/b"),
+        ("git@github.com:a/b.git", "https://github.com/a/b"),
+        ("git@example.org:/a/b.git", "https://example.org/a/b"),
+        ("https://8.8.8.8/a/b", "https://8.8.8.8/a/b"),
+        *((remote, "") for remote in NOWHERE),
+    ],
+)
+def test_the_source_is_a_public_url_without_a_secret_or_nothing(remote: str, url: str) -> None:
+    assert images.source_url(remote) == url
+
+
+@pytest.mark.parametrize("origin", ["git@example.org:a/b.git", "/srv/b.git", None])
+def test_what_is_not_known_is_no_label(origin: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a checkout with such an origin, and in one without a commit."""
+    (tmp_path / "gpu_byoc").mkdir()
+    shutil.copy(ROOT / "gpu_byoc/_version.py", tmp_path / "gpu_byoc")
+    monkeypatch.setattr(images, "ROOT", tmp_path)
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True, timeout=WAIT)
+    if origin:
+        subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", origin], check=True, timeout=WAIT)
+    said = images.labels()
+    prefix = "org.opencontainers.image."
+    assert said.pop(f"{prefix}version")
+    assert said == ({f"{prefix}source": "https://example.org/a/b"} if origin and "@" in origin else {})
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_a_recipe_labels_only_what_it_knows(name: str) -> None:
+    (said,) = (rest for word, rest in instructions(name) if word == "LABEL")
+    named = re.findall(r"org\.opencontainers\.image\.([a-z.]+)=", said)
+    assert named == ["title", "description", "licenses", "base.name"]
+    assert "unknown" not in read(DOCKER / name)
+
+
 # --- pins
 
 
@@ -176,6 +229,35 @@ def test_every_locked_package_has_hashes(name: str) -> None:
 def compose() -> dict[str, Any]:
     said: dict[str, Any] = yaml.safe_load(read(DOCKER / "compose.yaml"))
     return said
+
+
+def schema_says(file: Path) -> subprocess.CompletedProcess[str]:
+    """By the Compose Specification's own schema, which check-jsonschema carries."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False)
+
+
+def test_compose_keeps_to_the_specification() -> None:
+    said = schema_says(DOCKER / "compose.yaml")
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("    healthcheck:", "    healthchek:"),
+        ("required: false", "required: perhaps"),
+        ("condition: service_healthy}", "condition: service_well}"),
+        ("  read_only: true", "  read_only: [true]"),
+    ],
+)
+def test_the_specification_would_refuse(right: str, wrong: str, tmp_path: Path) -> None:
+    text = read(DOCKER / "compose.yaml")
+    assert right in text
+    (tmp_path / "compose.yaml").write_text(text.replace(right, wrong), encoding="utf-8")
+    said = schema_says(tmp_path / "compose.yaml")
+    assert said.returncode == 1, said.stdout + said.stderr
+    assert "Schema validation errors were encountered" in said.stdout
 
 
 def page_flags(role: str) -> dict[str, str]:

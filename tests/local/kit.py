@@ -32,7 +32,7 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 
     @functools.wraps(test)
     def run(*args: Any, **named: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **named), 50))
+        asyncio.run(asyncio.wait_for(test(*args, **named), 150))
 
     return run
 

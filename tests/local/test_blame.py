@@ -166,14 +166,14 @@ async def test_a_silent_job_is_ended_by_whoever_is_nearest(tmp_path: Path) -> No
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         boxes = [await enter(box(think)) for _ in range(3)]
-        orchs = [await enter(orchestrator(tmp_path / str(i), b, job_timeout=0.1)) for i, b in enumerate(boxes)]
+        orchs = [await enter(orchestrator(tmp_path / str(i), b, job_timeout=0.5)) for i, b in enumerate(boxes)]
         answer = await post(await enter(gateway(*orchs)))
         assert answer.error == (504, "container_timeout")
         assert sum(b.jobs for b in boxes) == 1
         assert sum(orch.ledger.totals.billed_seconds for orch in orchs) == 1
 
         patient = [await enter(orchestrator(tmp_path / f"p{i}", b)) for i, b in enumerate(boxes)]
-        gate = await enter(gateway(*patient, job_timeout=0.1))
+        gate = await enter(gateway(*patient, job_timeout=0.5))
         assert (await post(gate)).error == (504, "orchestrator_timeout")
         assert sum(b.jobs for b in boxes) == 2
         await soon(lambda: sum(orch.ledger.totals.jobs for orch in patient) == 1)

@@ -372,7 +372,7 @@ async def test_a_container_that_never_answers(tmp_path: Path) -> None:
 
     async with (
         box(sleep) as container,
-        orchestrator(tmp_path, container, job_timeout=0.1) as orch,
+        orchestrator(tmp_path, container, job_timeout=1.0) as orch,
         gateway(orch) as gate,
     ):
         answer = await post(gate)

@@ -66,7 +66,7 @@ def decode(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 def test_the_whole_of_it(tmp_path: Path) -> None:
     with started(tmp_path) as process:
-        said, _ = process.communicate(timeout=55)
+        said, _ = process.communicate(timeout=150)
     assert process.returncode == 0, said
     result = "Status: 200\nResponse size: 921600 bytes\nGreen channel sum: 24576000 (input was 0)\n"
     assert f"\n{result}" in said
@@ -109,7 +109,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, moment: str, number:
         read_until(process, moment)
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=60)
         assert process.returncode == code, said
         assert "interrupted" in said
         assert "Traceback" not in said

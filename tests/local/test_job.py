@@ -301,6 +301,8 @@ RAW_SIZE = ("--width", "1", "--height", "1", "--format", "gray")
         (["--input", "a", "--output", "b", "--width", "2"], "or neither"),
         (["--input", "a.gif", "--output", "b.gif"], "jpg, jpeg or png"),
         (["--input", "a", "--output", "b"], "of what kind"),
+        (["--input", "a.rgb", "--output", "b.png"], "name it .rgb"),
+        (["--input", "a.rgb", "--output", "b.mp4", "--width", "2", "--height", "2"], "name it .rgb"),
         (["--input", "a.bin", "--output", "b", "--model-id", "a\nb"], "--model-id"),
         (["--input", "a.bin", "--output", "b", "--model-id", " "], "--model-id"),
         (["--input", "a", "--output", "b", "--param", "boost"], "NAME=VALUE"),

@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,7 @@ async def test_kill_9_of_an_orchestrator_loses_no_answered_job(tmp_path: Path) -
             try:
                 await asyncio.to_thread(node.wait_for, "BYOC capability registered")
                 clients = [asyncio.create_task(asyncio.to_thread(answered_jobs, port, stop)) for _ in range(3)]
-                await soon(lambda: container.jobs)
+                await soon(lambda: container.jobs > 10)
                 await asyncio.sleep(dice.uniform(0.1, 0.4))  # the moment is the point
             finally:
                 stop.set()
@@ -285,6 +286,20 @@ async def test_a_disk_that_hangs_holds_an_answer_up_for_a_bounded_time(
         await soon(lambda: not orch.ledger.error)
         assert (await post(orch)).status == 200
         assert [row.outcome for row in rows(tmp_path)] == ["ok", "ok"]
+
+
+@in_loop
+async def test_whoever_reads_the_ledger_holds_no_job_up_and_sees_one_moment(tmp_path: Path) -> None:
+    """As long as its reading takes. Of the ways in which SQLite keeps its files only WAL has that."""
+    async with box() as container, orchestrator(tmp_path, container) as orch:
+        await post(orch)
+        with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as other:
+            other.execute("BEGIN")
+            assert other.execute("SELECT count(*) FROM jobs").fetchone() == (1,)
+            assert (await post(orch)).status == 200
+            assert not orch.ledger.error
+            assert other.execute("SELECT count(*) FROM jobs").fetchone() == (1,)
+            assert len(rows(tmp_path)) == 2
 
 
 @in_loop

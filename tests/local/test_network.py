@@ -22,7 +22,7 @@ from gpu_byoc.local.ledger import Entry, Ledger
 from gpu_byoc.local.network import FLAGS, address, http_url, main, read_config
 from gpu_byoc.local.orchestrator import Orchestrator
 from gpu_byoc.local.usage import main as usage_main
-from tests.local.kit import FRAME, MODEL, box, in_loop, post
+from tests.local.kit import FRAME, MODEL, box, gateway, get, in_loop, orchestrator, post
 from tests.support.processes import free_port, running
 
 # The page's commands, word for word.
@@ -138,6 +138,28 @@ async def test_a_port_in_use_names_its_owner(tmp_path: Path) -> None:
             assert str(os.getpid()) in told
     async with Orchestrator(OrchestratorConfig(**{**fields, "port": port})):
         pass  # nothing was left behind
+
+
+@in_loop
+async def test_a_wrong_path_or_method_is_answered_with_what_there_is(tmp_path: Path) -> None:
+    async with orchestrator(tmp_path, None) as orch, gateway(f"http://127.0.0.1:{orch.port}") as gate:
+        for port in (orch.port, gate.port):
+            answer = await get(port, "/live/video-to-vide")
+            assert (answer.status, json.loads(answer.body)["error"]) == (404, "not_found")
+            assert "POST /live/video-to-video" in answer.message
+            answer = await get(port, "/live/video-to-video")
+            assert (answer.status, json.loads(answer.body)["error"]) == (405, "method_not_allowed")
+            assert answer.headers["Allow"] == "POST"
+        answer = await get(gate.cli_port, "/")
+        assert (answer.status, answer.message) == (404, "GET /: Not Found; here are GET /status")
+
+
+def test_a_datadir_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-orchestrator", "-datadir", "/proc/x", "-serviceAddr", "127.0.0.1:0", "-cliAddr", "127.0.0.1:0"]) == 2
+    told = capsys.readouterr().err
+    assert "-datadir: cannot keep a ledger in /proc/x/" in told
+    assert "name a directory that this user can write to" in told
+    assert "Errno" not in told
 
 
 NETWORK = "import sys; from gpu_byoc.local.network import main; sys.exit(main(sys.argv[1:]))"

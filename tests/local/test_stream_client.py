@@ -319,8 +319,14 @@ async def cheated(stub: Stub, clip: Clip, autocreate: bool = True) -> AsyncItera
         (Stub(lambda n: n % 10 != 3, dropped={"late": 20, "audio": 7}), []),
         (Stub(dropped={"late": 3}), ["3 frames came out and are counted as dropped"]),
         (Stub(lambda n: 1 + (n == 70)), ["1 frame came out that never went in, or twice"]),
-        (Stub(lambda n: None if n == 70 else 1, {"state": "failed"}), ["s failed: it broke", "not counted"]),
-        (Stub(lambda n: None if n == 70 else 1), ["ended s before the end of its input", "not counted"]),
+        (
+            Stub(lambda n: None if n == 70 else 1, {"state": "failed"}),
+            ["s failed: it broke", "130 frames published that the worker never took"],
+        ),
+        (
+            Stub(lambda n: None if n == 70 else 1),
+            ["before the end of its input", "that the worker never took: it had ended"],
+        ),
         (Stub(refuses=True), ["did not start s: HTTP 503: nobody is at home"]),
     ],
     ids=["honest", "loses", "drops", "counts too much", "doubles", "fails", "ends early", "refuses"],
@@ -335,6 +341,18 @@ def test_what_goes_wrong_is_told(tmp_path: Path, stub: Stub, words: list[str]) -
                 assert word in line
 
     go()
+
+
+def test_only_the_end_of_what_was_published_was_never_taken() -> None:
+    """Published in the order of decoding: with B-frames the last by time is not the last to be taken."""
+    figures = streamclient.Figures(published=dict.fromkeys((0, 3, 1, 2), 0.0), received={0: 1.0, 3: 1.0})
+    assert (figures.lost, figures.untaken) == (2, 0), "it is still running"
+    figures.state = "ended"
+    assert (figures.lost, figures.untaken) == (2, 2)
+    figures.received = {0: 1.0, 1: 1.0}
+    assert (figures.lost, figures.untaken) == (2, 1)
+    figures.dropped["stopped"] = 2
+    assert (figures.lost, figures.untaken) == (0, 0)
 
 
 def test_a_worker_that_brings_nothing_is_not_waited_for_without_end(
@@ -450,6 +468,7 @@ def test_a_worker_that_cannot_start_is_quoted(tmp_path: Path, capsys: pytest.Cap
         (["--seconds", "-1"], "--seconds must be above 0"),
         (["--seconds", "nan"], "--seconds must be above 0"),
         (["--output", "x.png"], "written as mp4"),
+        (["--input", "nothere.mp4"], "there is no such file"),
         (["--worker", "localhost:8000"], "must be a URL"),
     ],
 )

@@ -143,7 +143,9 @@ def test_a_stream_has_its_own_rows(stranger: tuple[str, list[bytes]], capsys: py
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
     for url in ("http://127.0.0.1:1", "127.0.0.1", "file:///etc/passwd"):
         assert main(["usage", "-worker", url]) == 2
-        assert url in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert url in told
+        assert "urlopen" not in told
 
 
 # --- gpu-byoc config

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -228,11 +228,11 @@ def test_threads_do_not_disturb_one_another() -> None:
 def test_a_pixel_bomb_is_refused_from_its_header() -> None:
     ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", 65535, 65535, 8, 2, 0, 0, 0))
     sof = b"\xff\xc0" + struct.pack(">HBHHB", 17, 8, 65535, 65535, 3) + bytes([1, 17, 0, 2, 17, 0, 3, 17, 0])
-    began = time.perf_counter()
+    began = time.thread_time()
     for data, kind in ((png.SIGNATURE + ihdr, PNG), (b"\xff\xd8" + sof, JPEG)):
         with pytest.raises(TooLarge, match="65535x65535"):
             images.probe(data, kind, 1 << 26)
-    assert time.perf_counter() - began < 0.5
+    assert time.thread_time() - began < 0.5
 
 
 def test_a_png_side_beyond_the_frame_limit_is_too_large_whatever_the_pixel_limit() -> None:
@@ -252,10 +252,10 @@ def test_compressed_text_is_not_inflated() -> None:
 
 def test_image_data_that_inflates_to_more_than_the_header_says_is_refused_without_inflating_it() -> None:
     data = png_file(16, 16, 8, 2, zlib.compress(bytes(64 << 20), 9))
-    began = time.perf_counter()
+    began = time.thread_time()
     with pytest.raises(CorruptImage, match="more than 784"):
         decode(data, PNG)
-    assert time.perf_counter() - began < 0.5
+    assert time.thread_time() - began < 0.5
 
 
 ROWS = unfiltered(smooth(16, 16).reshape(16, -1))
@@ -348,7 +348,6 @@ SAMPLES = {
 }
 
 
-@settings(deadline=1000)
 @given(st.sampled_from(sorted(SAMPLES)), st.data())
 def test_damaged_files_are_refused_or_decoded_and_nothing_else(name: str, data: st.DataObject) -> None:
     original, kind = SAMPLES[name]
@@ -363,7 +362,6 @@ def test_damaged_files_are_refused_or_decoded_and_nothing_else(name: str, data: 
     assert pixels.dtype == np.uint8
 
 
-@settings(deadline=1000)
 @given(st.sampled_from(sorted(SAMPLES)), st.data())
 def test_truncated_files_are_always_refused(name: str, data: st.DataObject) -> None:
     original, kind = SAMPLES[name]
@@ -371,7 +369,6 @@ def test_truncated_files_are_always_refused(name: str, data: st.DataObject) -> N
         decode(original[: data.draw(st.integers(0, len(original) - 1))], kind)
 
 
-@settings(deadline=1000)
 @given(st.sampled_from([(png.SIGNATURE, PNG), (b"\xff\xd8\xff", JPEG)]), st.binary(max_size=200))
 def test_noise_behind_a_signature(start: tuple[bytes, str], noise: bytes) -> None:
     try:
@@ -387,10 +384,10 @@ def test_a_megabyte_of_the_same_is_no_work(byte: bytes) -> None:
     filler = byte * (1_000_000 // len(byte))
     starts = [(b"\xff\xd8\xff\xe0\x00\x02", JPEG), (png_file(8, 8, 8, 2, b"")[:33], PNG)]
     for start, kind in starts:
-        began = time.perf_counter()
+        began = time.thread_time()
         with pytest.raises(REFUSALS):
             decode(start + filler, kind)
-        assert time.perf_counter() - began < 1.0
+        assert time.thread_time() - began < 1.0
 
 
 def test_nothing_is_printed(tmp_path: Path) -> None:

@@ -165,3 +165,11 @@ def test_a_frame_made_from_a_slot_does_not_look_at_it_again() -> None:
     before = clips.luma(made)
     out[:] = 255
     assert np.array_equal(clips.luma(made), before)
+
+
+def test_a_colour_that_is_given_is_believed() -> None:
+    unsaid, spec = frame(RAMP, 90, 200), FrameSpec(RAMP.shape[1], RAMP.shape[0])
+    out = slot(spec)
+    ToSlot(spec).write(unsaid, out.data, Colour(matrix=1))
+    assert np.array_equal(out, put(frame(RAMP, 90, 200, matrix=1), spec))
+    assert not np.array_equal(out, put(unsaid, spec))

@@ -47,7 +47,7 @@ print(json.dumps([said, (peak() - before) / 1024]))
 def said(wide: int, high: int, *, crop: int = 0, limit: int) -> tuple[list[str], float]:
     """By macroblocks of 16x16, ``crop`` pairs of pixels off both sides. Also how many MiB were asked for at most."""
     arguments = json.dumps([wide, high, crop, limit])
-    done = subprocess.run([sys.executable, "-c", PROGRAM, arguments], capture_output=True, check=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, arguments], capture_output=True, check=True, timeout=150)
     words, grown = json.loads(done.stdout)
     return words, grown
 

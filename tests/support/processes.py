@@ -7,17 +7,19 @@ import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-WAIT = 30.0
+from gpu_byoc.local.children import pick_ports
+
+WAIT = 60.0
 
 
 class Process:
@@ -46,7 +48,7 @@ class Process:
         self._lines.put(None)
 
     def wait_for(self, text: str) -> str:
-        """The first log line that contains ``text``; an early end or 30 seconds without a line is a failure."""
+        """The first log line that contains ``text``; an early end or WAIT seconds without a line is a failure."""
         while True:
             line = self._lines.get(timeout=WAIT)
             assert line is not None, f"ended with {self.popen.wait(WAIT)} before it said {text!r}:\n" + "\n".join(
@@ -81,9 +83,8 @@ def running(
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    (port,) = pick_ports([0])
+    return port
 
 
 def get(port: int, path: str) -> tuple[int, Any]:
@@ -94,6 +95,14 @@ def get(port: int, path: str) -> tuple[int, Any]:
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.loads(error.read())
+
+
+def until_health(port: int, state: str) -> None:
+    """Ask until /health says so: a doorman's answer may be a beat older than what the worker has just logged."""
+    expected, end = (200 if state in ("IDLE", "OK") else 503, {"status": state}), time.monotonic() + WAIT
+    while (found := get(port, "/health")) != expected:
+        assert time.monotonic() < end, f"/health says {found}, not {state}"
+        time.sleep(0.01)
 
 
 def post(port: int, path: str, data: bytes, **headers: str) -> tuple[int, bytes]:

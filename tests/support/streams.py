@@ -111,7 +111,7 @@ async def watching(r: Rig, name: str) -> AsyncIterator[Viewer]:
     viewer = Viewer()
 
     async def media() -> None:
-        async with Subscriber(session, r.base + name + "-out", start=0) as segments:
+        async with Subscriber(session, r.base + name + "-out", start=0, every=True) as segments:
             async for segment in segments:
                 data = await segment.read()
                 viewer.media += data
@@ -119,7 +119,7 @@ async def watching(r: Rig, name: str) -> AsyncIterator[Viewer]:
                 viewer.read = segment.seq + 1
 
     async def news(suffix: str, into: list[dict[str, Any]]) -> None:
-        async with Subscriber(session, r.base + name + suffix, start=0) as segments:
+        async with Subscriber(session, r.base + name + suffix, start=0, every=True) as segments:
             async for segment in segments:
                 into += [json.loads(line) for line in (await segment.read()).splitlines() if line]
 

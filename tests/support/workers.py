@@ -44,6 +44,11 @@ class Running:
         assert self.worker.engine is not None
         return sum(room["free"] - room["slots"] for room in self.worker.engine.rooms())
 
+    async def idle(self) -> None:
+        """Wait until /health says IDLE and every slot is back. An answer is out a moment before its slot is back, and
+        before the device's thread is through with its batch."""
+        await self.until(lambda: self.worker.state == "IDLE" and self.free() == 0)
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Poll a condition of the worker's, which has no event of its own, for at most 20 seconds."""
         async with asyncio.timeout(20):

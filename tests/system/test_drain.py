@@ -107,7 +107,7 @@ class Setup:
     async def watch(self, channel: str) -> bytes:
         """Everything on a channel, until the server says that it is closed."""
         data = b""
-        async with Subscriber(self.session, self.base + channel, start=0) as segments:
+        async with Subscriber(self.session, self.base + channel, start=0, every=True) as segments:
             async for segment in segments:
                 data += await segment.read()
         return data

@@ -166,7 +166,7 @@ async def watching_events(r: Rig, name: str) -> AsyncIterator[list[dict[str, Any
     events: list[dict[str, Any]] = []
 
     async def read() -> None:
-        async with Subscriber(session, f"{r.base}{name}-events", start=0) as segments:
+        async with Subscriber(session, f"{r.base}{name}-events", start=0, every=True) as segments:
             async for segment in segments:
                 events.append(json.loads(await segment.read()))
 

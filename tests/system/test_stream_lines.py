@@ -167,6 +167,7 @@ async def test_line_31_health_follows_a_stream() -> None:
         assert await r.worker.get("/health") == {"status": "OK"}
         await publish(r, "s", clip(10, 1))
         await r.until_over()
+        await r.worker.idle()
         assert await r.worker.get("/health") == {"status": "IDLE"}
 
 
@@ -177,8 +178,8 @@ async def test_line_33_and_38_heartbeats_and_lines_come_each_second_also_while_n
         loop, began = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         await r.call("stream/start", r.urls("s"))
         async with (
-            Subscriber(session, r.base + "s-events", start=0) as events,
-            Subscriber(session, r.base + "s-data", start=0) as data,
+            Subscriber(session, r.base + "s-events", start=0, every=True) as events,
+            Subscriber(session, r.base + "s-data", start=0, every=True) as data,
         ):
             first = json.loads(await (await anext(events)).read())
             took = loop.time() - began

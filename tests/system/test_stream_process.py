@@ -69,7 +69,7 @@ def _until_in(port: int, count: int) -> None:
 
 async def _watch(session: aiohttp.ClientSession, url: str) -> bytes:
     data = b""
-    async with Subscriber(session, url, start=0) as segments:
+    async with Subscriber(session, url, start=0, every=True) as segments:
         async for segment in segments:
             data += await segment.read()
     return data

@@ -24,7 +24,7 @@ import pytest
 from aiohttp import web
 
 from gpu_byoc.transport import door as the_door
-from gpu_byoc.transport import doorman, listen
+from gpu_byoc.transport import doorman
 from gpu_byoc.transport.door import Door
 from gpu_byoc.transport.doorman import Bounds
 from gpu_byoc.transport.listen import bind, port_of
@@ -33,6 +33,13 @@ from tests.support.workers import asynchronous
 both = pytest.mark.parametrize("process", [False, True], ids=["thread", "doorman"])
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def bounded(head: float = 10.0, size: int = 32768, keep: float = 75.0, most: int = 256, **others: float) -> Bounds:
+    return Bounds(head, size, keep, most, **others)
+
+
+BOUNDED = bounded()
 
 
 @dataclass
@@ -59,7 +66,7 @@ class House:
 
 
 @contextlib.asynccontextmanager
-async def house(most: int = 8, process: bool = False, bounds: Bounds | None = None) -> AsyncIterator[House]:
+async def house(most: int = 8, process: bool = False, bounds: Bounds = BOUNDED) -> AsyncIterator[House]:
     """``process``: with a doorman."""
 
     async def echo(request: web.Request) -> web.Response:
@@ -81,7 +88,7 @@ async def house(most: int = 8, process: bool = False, bounds: Bounds | None = No
     sock = bind("127.0.0.1", 0)
     lost = asyncio.Event()
     told: list[str] = []
-    door = Door(app, sock, answer, most, 1.0, lost.set, told.append if process else None, bounds)
+    door = Door(app, sock, answer, most, 1.0, lost.set, bounds, told.append if process else None)
     here = House(door, port_of(sock), lost, alone=told)
     before = descriptors()
     await door.start()
@@ -107,11 +114,11 @@ async def until(h: House, waiting: int) -> None:
             await asyncio.sleep(0.002)
 
 
-async def until_dropped(h: House, count: int) -> None:
+async def until_counted(h: House, dropped: int = 0, idle: int = 0) -> None:
     async with asyncio.timeout(20):
-        while h.door.dropped < count:  # noqa: ASYNC110 - counted, not announced
+        while h.door.dropped < dropped or h.door.idle < idle:  # noqa: ASYNC110 - counted, not announced
             await asyncio.sleep(0.002)
-    assert h.door.dropped == count
+    assert (h.door.dropped, h.door.idle) == (dropped, idle)
 
 
 @both
@@ -274,23 +281,23 @@ def test_whose_connections_are_counted_together(one: str, other: str, same: bool
 @both
 @asynchronous
 async def test_who_says_nothing_is_shown_out(process: bool) -> None:
-    async with house(process=process, bounds=Bounds(head=0.05, sweep=0.02)) as h:
+    async with house(process=process, bounds=bounded(head=1.0, sweep=0.02)) as h:
         asked = len(h.asked)
         assert await h.say(b"") == b""
         assert (await h.say(b"GET /heal")).startswith(b"HTTP/1.1 408")
         assert process or len(h.asked) == asked
-        await until_dropped(h, 1)  # who never began is not counted
+        await until_counted(h, dropped=1, idle=1)
 
 
 @both
 @asynchronous
 async def test_only_so_many_wait_at_the_door(process: bool) -> None:
-    async with house(process=process, bounds=Bounds(most=3)) as h:
+    async with house(process=process, bounds=bounded(most=3)) as h:
         waiting = [await asyncio.open_connection("127.0.0.1", h.port) for _ in range(4)]
         async with asyncio.timeout(20):
             assert await waiting[0][0].read() == b"", "the oldest made room"
         await until(h, 3)
-        await until_dropped(h, 1)
+        await until_counted(h, dropped=1)
         waiting[3][1].write(HEALTH)
         assert (await waiting[3][0].readuntil(b"}")).startswith(b"HTTP/1.1 200")
         for _, writer in waiting:
@@ -316,7 +323,7 @@ async def test_who_leaves_in_the_middle_of_a_head_costs_nothing(process: bool) -
 @asynchronous
 async def test_who_made_room_a_moment_ago_may_have_said_something() -> None:
     """One round of the door's has both: a newcomer for whom the oldest has to go, and the oldest's own words."""
-    async with house(bounds=Bounds(most=2)) as h:
+    async with house(bounds=bounded(most=2)) as h:
         h.slow = threading.Event()
         oldest, other = [socket.create_connection(("127.0.0.1", h.port), timeout=20) for _ in range(2)]
         await until(h, 2)
@@ -345,29 +352,74 @@ async def test_who_hangs_up_while_the_answer_is_found_costs_nothing() -> None:
 
 
 @both
+@pytest.mark.parametrize("size", [1024, 32768, 48 << 10])
 @asynchronous
-async def test_a_head_without_end_takes_no_seat(process: bool) -> None:
+async def test_a_head_without_end_takes_no_seat(size: int, process: bool) -> None:
     """Inside, nobody would wait for its end with a clock in the hand."""
-    async with house(process=process) as h:
-        lines = b"".join(b"X-%d: %s\r\n" % (i, b"x" * 8000) for i in range(doorman.PEEK // 8000 + 1))
+    async with house(process=process, bounds=bounded(size=size)) as h:
+        lines = b"".join(b"X-%d: %s\r\n" % (i, b"x" * 8000) for i in range(size // 8000 + 1))
         answer = await h.say(b"POST /job HTTP/1.1\r\nHost: x\r\n" + lines)
         assert answer.startswith(b"HTTP/1.1 431 "), answer[:100]
+        assert b"more than %d bytes" % size in answer
         assert not h.inside.is_set()
+        await until_counted(h, dropped=1)
+
+
+@both
+@asynchronous
+async def test_a_long_head_comes_in_where_it_may(process: bool) -> None:
+    async with house(process=process, bounds=bounded(size=48 << 10)) as h:
+        lines = b"".join(b"X-%d: %s\r\n" % (i, b"x" * 8000) for i in range(6))
+        assert len(lines) > 46 << 10
+        head = b"GET /long HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + lines + b"\r\n"
+        assert (await h.say(head)).endswith(b"/long 0")
 
 
 @both
 @asynchronous
 async def test_the_second_head_on_a_connection_has_no_more_time_than_the_first(process: bool) -> None:
-    async with house(process=process, bounds=Bounds(head=0.1, sweep=0.02)) as h:
+    async with house(process=process, bounds=bounded(head=1.0, sweep=0.02)) as h:
         assert b"HTTP/1.1 408" in await h.say(HEALTH + b"GET /heal")
 
 
+@both
+@pytest.mark.parametrize("target", [b"/idle", b"/health"])
 @asynchronous
-async def test_a_connection_inside_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listen, "KEEP_SECONDS", 0.1)
-    async with house() as h:
-        answer = await h.say(b"GET /idle HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert answer.endswith(b"/idle 0")
+async def test_an_idle_connection_is_not_kept_for_ever(target: bytes, process: bool) -> None:
+    """Inside, and at the door, where who asks for health stays."""
+    async with house(process=process, bounds=bounded(keep=0.5, sweep=0.02)) as h:
+        answer = await h.say(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % target)
+        assert answer.startswith(b"HTTP/1.1 200")
+        await until_counted(h, idle=1)
+
+
+@both
+@asynchronous
+async def test_who_leaves_or_is_told_to_was_not_idle(process: bool) -> None:
+    async with house(process=process, bounds=bounded(keep=0.5, sweep=0.02)) as h:
+        for word in (b"/inside", b"/health"):
+            last = b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % word
+            assert (await h.say(last)).startswith(b"HTTP/1.1 200")
+        slow = asyncio.create_task(h.say(b"GET /hold HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))
+        with socket.create_connection(("127.0.0.1", h.port)) as leaving:
+            leaving.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
+            async with asyncio.timeout(20):
+                while h.door.inside < 2:  # noqa: ASYNC110 - counted, not announced
+                    await asyncio.sleep(0.002)
+            await asyncio.sleep(0.7)  # longer than one may be idle: these have something to wait for
+        h.hold.set()
+        assert (await slow).endswith(b"/hold 0")
+        async with asyncio.timeout(20):
+            while h.door.inside or h.door.waiting:  # noqa: ASYNC110 - counted, not announced
+                await asyncio.sleep(0.002)
+        assert (h.door.dropped, h.door.idle) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("address", "name"), [("", ""), ("/run/proxy.sock", "/run/proxy.sock"), ("fe80::1%eth0", "fe80" + "0" * 12)]
+)
+def test_a_client_without_an_ip_address_is_one(address: str, name: str) -> None:
+    assert the_door.client((address,)) == name
 
 
 @asynchronous
@@ -410,7 +462,7 @@ async def asked_elsewhere(h: House, times: int, keep: float) -> list[str]:
     return [first.decode().strip(), *rest.decode().split()]
 
 
-async def successor(h: House, pid: int) -> int:
+async def successor(h: House, pid: int | None) -> int:
     async with asyncio.timeout(20):
         while h.door.doorman in (pid, None):  # noqa: ASYNC110 - it starts on another thread
             await asyncio.sleep(0.002)
@@ -421,8 +473,7 @@ async def successor(h: House, pid: int) -> int:
 async def doorman_of(h: House) -> int:
     """Its process, once it has answered."""
     assert (await h.say(HEALTH.replace(b"1.1", b"1.0"))).startswith(b"HTTP/1.1 200")
-    assert h.door.doorman is not None
-    return h.door.doorman
+    return await successor(h, None)  # it may answer before the thread that starts it is told that it has begun
 
 
 @asynchronous
@@ -435,8 +486,8 @@ async def test_health_is_answered_while_c_code_keeps_the_interpreter() -> None:
 
 @asynchronous
 async def test_a_worker_that_is_silent_for_too_long_is_an_error_until_it_is_heard_of() -> None:
-    async with house(process=True, bounds=Bounds(silence=0.6)) as h:
-        answers = await asked_elsewhere(h, 30, keep=2.0)
+    async with house(process=True, bounds=bounded(silence=1.2)) as h:
+        answers = await asked_elsewhere(h, 45, keep=3.0)
         turns = [status for status, _ in itertools.groupby(answers)]
         assert turns[:2] == ["200", "503"]
         assert (await h.say(HEALTH.replace(b"1.1", b"1.0"))).startswith(b"HTTP/1.1 200")
@@ -444,9 +495,21 @@ async def test_a_worker_that_is_silent_for_too_long_is_an_error_until_it_is_hear
 
 @asynchronous
 async def test_an_answer_is_never_older_than_the_question() -> None:
-    async with house(process=True, bounds=Bounds(fresh=20.0)) as h:
+    async with house(process=True, bounds=bounded(fresh=20.0)) as h:
         for number in range(200):
             h.status = b"%d" % number
+            answer = await h.say(HEALTH.replace(b"1.1", b"1.0"))
+            assert answer.endswith(b'{"status": "%d"}' % number)
+
+
+@asynchronous
+async def test_a_change_that_was_told_is_known_at_once() -> None:
+    """Though for no answer is waited."""
+    async with house(process=True, bounds=bounded(fresh=0.0)) as h:
+        await doorman_of(h)
+        for number in range(20):
+            h.status = b"%d" % number
+            await h.door.tell()
             answer = await h.say(HEALTH.replace(b"1.1", b"1.0"))
             assert answer.endswith(b'{"status": "%d"}' % number)
 
@@ -511,7 +574,7 @@ async def test_signals_to_the_whole_group_do_not_end_the_doorman() -> None:
 
 @asynchronous
 async def test_more_than_the_pair_takes_waits_for_the_worker() -> None:
-    async with house(most=2000, process=True, bounds=Bounds(most=1000)) as h:
+    async with house(most=2000, process=True, bounds=bounded(most=1000)) as h:
         await doorman_of(h)
         h.slow = threading.Event()
         h.asking.clear()
@@ -556,7 +619,7 @@ def test_a_doorman_remembers_nobody_who_had_to_go_while_its_worker_stood_still()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # room for a few
     with bind("127.0.0.1", 0) as listener, ours, theirs:
         ours.send(doorman.packed(0, [(200, b"{}")] * 2))
-        the_doorman = doorman.Doorman(listener, theirs, Bounds(most=3))
+        the_doorman = doorman.Doorman(listener, theirs, bounded(most=3))
         for _ in range(30):
             with socket.create_connection(("127.0.0.1", port_of(listener)), timeout=20) as client:
                 client.sendall(b"GET /job HTTP/1.1\r\n\r\n")
@@ -571,5 +634,5 @@ def test_a_doorman_whose_worker_is_gone_ends_even_where_a_fork_of_it_has_the_pai
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with bind("127.0.0.1", 0) as listener, ours, theirs:
         monkeypatch.setattr(os, "getpid", lambda: 1 << 30)  # which is not who starts it
-        process = the_door._spawn(listener.fileno(), theirs.fileno(), Bounds())
+        process = the_door._spawn(listener.fileno(), theirs.fileno(), bounded())
         assert process.wait(20) == 0

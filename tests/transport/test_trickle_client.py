@@ -36,7 +36,7 @@ async def settled(publisher: Publisher) -> None:
 
 async def only_us_left() -> None:
     """Everything that was started is awaited: after a turn of the loop for aiohttp's own tasks, only the test runs."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while len(asyncio.all_tasks()) > 1:  # noqa: ASYNC110 - waits for tasks of which nobody tells
             await asyncio.sleep(0)
 
@@ -196,6 +196,20 @@ async def test_a_segment_that_brings_nothing_more_fails_and_the_next_one_comes()
             await (await anext(segments)).read()
         await at.post("a/1", b"y")
         assert await (await anext(segments)).read() == b"y"
+
+
+@asynchronous
+async def test_a_reader_that_takes_its_time_is_no_stall_of_the_sender() -> None:
+    async with running("a") as at, Subscriber(at.session, at.url + "a", 0, stall=0.1) as segments:
+        publisher = await at.start("POST", "a/0")
+        await publisher.chunk(b"x")
+        segment = await anext(segments)
+        assert await anext(segment) == b"x"
+        await asyncio.sleep(0.25)  # twice the time that the sender has
+        more = asyncio.create_task(anext(segment))
+        await asyncio.sleep(0)
+        await publisher.chunk(b"y")
+        assert await more == b"y"
 
 
 @asynchronous
@@ -653,7 +667,7 @@ async def test_a_stream_with_a_lossy_publisher_arrives_but_for_what_was_cut() ->
                     await segment.abort()
                 else:
                     assert await publisher.send(b"%d" % index * 1000) == index
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(20):
                     while index not in got:  # noqa: ASYNC110 - a dictionary has no event
                         await asyncio.sleep(0.001)
         await collecting

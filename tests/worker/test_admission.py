@@ -17,7 +17,7 @@ from gpu_byoc.config import EngineConfig, SecurityConfig, ServeConfig
 from gpu_byoc.core.errorbudget import LEAST, SECONDS
 from gpu_byoc.core.pace import BURST
 from gpu_byoc.processor import ArrayProcessor
-from gpu_byoc.worker.admission import KEPT, Suspects
+from gpu_byoc.worker.admission import Suspects
 from gpu_byoc.worker.limits import bounds
 from tests.support.processes import free_port, post
 from tests.support.processes import running as process
@@ -216,7 +216,7 @@ async def test_who_sends_poison_is_computed_alone() -> None:
 
 
 def test_who_is_set_apart_and_for_how_long() -> None:
-    suspects = Suspects(0.5)
+    suspects = Suspects(0.5, most=16)
     for number in range(2 * LEAST):
         suspects.ran("mixed", number % 3 == 0, 1.0)
         suspects.ran("good", False, 1.0)
@@ -225,11 +225,12 @@ def test_who_is_set_apart_and_for_how_long() -> None:
     assert suspects.alone("bad", 1.0 + SECONDS - 0.1)
     assert not suspects.alone("bad", 1.0 + SECONDS)
     assert suspects.found == 1
-    for number in range(KEPT):
+    for number in range(16):
         suspects.ran(number, True, 2.0)
     assert not suspects.alone("bad", 2.0), "forgotten: there is room for so many"
-    assert len(suspects._budgets) == KEPT
+    assert len(suspects._budgets) == 16
     assert not suspects._until
+    assert suspects.forgotten == 2
 
 
 def test_every_bound_is_a_flag_and_a_metric_and_written_down() -> None:

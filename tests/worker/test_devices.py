@@ -21,7 +21,7 @@ from gpu_byoc.processors.green_tint import GreenTint
 from gpu_byoc.worker import devices
 from gpu_byoc.worker.devices import open_engine
 from tests.support import processes
-from tests.support.processes import free_port, get, post
+from tests.support.processes import free_port, post, until_health
 from tests.support.workers import Running, asynchronous, running
 
 
@@ -71,7 +71,7 @@ async def two_devices(backend: str) -> None:
         assert status["compute"]["totals"]["jobs"]["frames"] == status["compute"]["device"]["frames"] == 2
         for path in ("/hardware/info", "/hardware/stats"):
             assert [d["device"] for d in (await r.get(path))["backend"]["devices"]] == ["cpu", "cpu#2"]
-        await r.until(lambda: r.free() == 0)
+        await r.idle()
         found = await metrics(r)
         assert found["byoc_device_frames_total"] == {("cpu",): 1, ("cpu#2",): 1}
         assert found["byoc_backend_info"] == {(backend, "cpu"): 1, (backend, "cpu#2"): 1}
@@ -257,7 +257,7 @@ def test_a_lost_device_turns_health_and_ends_the_process(tmp_path: Path) -> None
         for line in worker.stderr:
             if "listening" in line:
                 break
-        assert get(port, "/health") == (200, {"status": "IDLE"})
+        until_health(port, "IDLE")
         worker.stdin.write("now\n")
         worker.stdin.flush()
         assert worker.wait(30) == 70

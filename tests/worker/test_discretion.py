@@ -89,6 +89,9 @@ def test_rows_of_a_second_are_added_up() -> None:
         ("::ffff:127.0.0.1", "localhost:1", {}, True),
         ("10.0.0.5", "127.0.0.1:8000", {}, False),
         ("fe80::1%eth0", "localhost", {}, False),
+        ("::1%lo", "localhost", {}, True),
+        ("", "localhost", {}, False),  # a Unix socket
+        ("/run/worker.sock", "localhost", {}, False),
         (None, "localhost", {}, False),
         ("127.0.0.1", "worker.example:8000", {}, False),  # a page whose name points here, or a proxy that keeps names
         ("127.0.0.1", "", {}, False),

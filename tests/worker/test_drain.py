@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
+import pytest
+
+from gpu_byoc.media.encode import EncoderChoice
 from gpu_byoc.processors.green_tint import GreenTint
+from gpu_byoc.worker import streams
 from gpu_byoc.worker.drain import Drain
-from tests.support.streams import Gate
+from tests.support.streams import Gate, rig
 from tests.support.workers import asynchronous, running
 
 
@@ -52,8 +57,31 @@ async def test_a_hurry_ends_it_at_once_and_says_what_was_left() -> None:
         await r.until(lambda: r.worker.draining)
         assert not draining.done()
         hurry.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await draining
         assert drain.summary() == "stopped: 1 jobs unfinished, 0 streams cut off"
         gate.gate.set()
         assert (await job)[0] == 200
+
+
+@asynchronous
+async def test_a_stream_whose_start_was_under_way_is_sent_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first start loads media code, and the worker is through with its end meanwhile: nobody would stop a stream
+    that came to be after that."""
+    loading, loaded, choose = threading.Event(), threading.Event(), streams._choose_encoder
+
+    def slowly(wanted: str) -> EncoderChoice:
+        loading.set()
+        loaded.wait(20)
+        return choose(wanted)
+
+    monkeypatch.setattr(streams, "_choose_encoder", slowly)
+    async with rig() as r:
+        r.create("s")
+        starting = asyncio.create_task(r.call("stream/start", r.urls("s")))
+        assert await asyncio.to_thread(loading.wait, 20)
+        async with asyncio.timeout(20):
+            await Drain(r.worker.worker, 20.0).run(asyncio.Event())
+        loaded.set()
+        status, answer = await starting
+        assert (status, answer.get("error"), len(r.worker.worker.streams)) == (503, "draining", 0)

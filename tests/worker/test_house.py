@@ -18,10 +18,11 @@ from gpu_byoc.media.decode import VideoInfo
 from gpu_byoc.media.planes import Colour
 from gpu_byoc.plugins import load_backend
 from gpu_byoc.processors.passthrough import Passthrough
-from gpu_byoc.worker.house import AUDIO_AT_ONCE, MAX_AUDIO, MAX_AUDIO_BYTES, House, Ticket
+from gpu_byoc.worker.house import AUDIO_AT_ONCE, House, Ticket
 
 INFO = VideoInfo("h264", 4, 2, "yuv420p", Colour(), None)
 TRACK = AudioTrack("aac", 48_000, 2)
+MOST, MOST_BYTES = 100, 1000
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def stamps(house: House) -> list[int]:
 
 
 def test_sound_waits_behind_a_frame_that_is_being_computed_and_goes_with_it(engine: Engine) -> None:
-    house = House(lambda: 3)
+    house = House(lambda: 3, MOST, MOST_BYTES)
     first, second = ticket(engine, 10), ticket(engine, 20)
     house.sound(sound(1))
     house.enter(first)
@@ -66,7 +67,7 @@ def test_sound_waits_behind_a_frame_that_is_being_computed_and_goes_with_it(engi
 
 
 def test_a_little_sound_behind_the_last_computed_frame_waits_for_the_next_one(engine: Engine) -> None:
-    house = House(lambda: 3)
+    house = House(lambda: 3, MOST, MOST_BYTES)
     first, second = ticket(engine, 10), ticket(engine, 20)
     house.enter(first)
     house.sound(sound(11))
@@ -84,7 +85,7 @@ def test_a_little_sound_behind_the_last_computed_frame_waits_for_the_next_one(en
 
 
 def test_a_little_sound_waits_for_a_picture_and_more_does_not() -> None:
-    house = House(lambda: 3)
+    house = House(lambda: 3, MOST, MOST_BYTES)
     got: list[list[int]] = []
     taking = threading.Thread(target=lambda: got.append(stamps(house)))
     taking.start()
@@ -100,26 +101,26 @@ def test_a_little_sound_waits_for_a_picture_and_more_does_not() -> None:
 
 
 def test_sound_that_nobody_takes_is_bounded_and_frames_are_not_thrown_out_for_it(engine: Engine) -> None:
-    house = House(lambda: 3)
+    house = House(lambda: 3, MOST, MOST_BYTES)
     frame = ticket(engine, -1)
     house.enter(frame)
-    assert all(house.sound(sound(number)) for number in range(MAX_AUDIO))
-    assert not house.sound(sound(MAX_AUDIO)), "the oldest went for it"
+    assert all(house.sound(sound(number)) for number in range(MOST))
+    assert not house.sound(sound(MOST)), "the oldest went for it"
     house.landed(frame, Outcome(None))
-    assert stamps(house) == [-1, *range(1, MAX_AUDIO + 1)]
+    assert stamps(house) == [-1, *range(1, MOST + 1)]
     house.leave(frame)
 
 
 def test_sound_has_a_bound_in_bytes_too(engine: Engine) -> None:
-    house = House(lambda: 3)
+    house = House(lambda: 3, MOST, MOST_BYTES)
     house.enter(ticket(engine, -1))
-    big = bytes(MAX_AUDIO_BYTES // 4)
+    big = bytes(MOST_BYTES // 4)
     assert [house.sound(AudioPacket(big, number, TRACK)) for number in range(5)] == [True] * 4 + [False]
     house.close()
 
 
 def test_a_frame_in_a_full_house_waits_for_its_place_or_for_its_time(engine: Engine) -> None:
-    house = House(lambda: 1)
+    house = House(lambda: 1, MOST, MOST_BYTES)
     frame = ticket(engine, 1)
     assert house.place(None)
     house.enter(frame)
@@ -136,7 +137,7 @@ def test_a_frame_in_a_full_house_waits_for_its_place_or_for_its_time(engine: Eng
 
 
 def test_stop_wakes_everybody_and_closing_gives_all_slots_back(engine: Engine) -> None:
-    house = House(lambda: 1)
+    house = House(lambda: 1, MOST, MOST_BYTES)
     frame = ticket(engine, 1)
     house.enter(frame)
     assert house.age() > 0
@@ -171,7 +172,7 @@ def test_stop_wakes_everybody_and_closing_gives_all_slots_back(engine: Engine) -
 
 
 def test_a_frame_that_could_not_be_submitted_holds_up_nothing(engine: Engine) -> None:
-    house = House(lambda: 3)
+    house = House(lambda: 3, MOST, MOST_BYTES)
     frame = ticket(engine, 1)
     house.enter(frame)
     house.sound(sound(2))

@@ -292,7 +292,7 @@ async def test_the_last_bytes_of_an_answer_are_still_the_slots() -> None:
 
 @asynchronous
 async def test_a_reader_that_never_reads_is_cut_off() -> None:
-    async with running(GreenTint(), body_timeout=0.2) as r:
+    async with running(GreenTint(), body_timeout=1.5) as r:
         size = 24_000_000
         stuck = socket.create_connection(("127.0.0.1", r.port))
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -359,7 +359,7 @@ async def test_bodies_that_are_collected_share_a_budget() -> None:
 @asynchronous
 async def test_a_processor_that_does_not_answer_is_a_timeout() -> None:
     processor = Slow()
-    async with running(processor, job_timeout=0.1) as r:
+    async with running(processor, job_timeout=1.0) as r:
         status, _, body = await r.post(bytes(300))
         assert status == 504
         assert error(body)["error"] == "processor_timeout"

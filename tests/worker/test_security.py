@@ -112,7 +112,7 @@ async def _status(at: Running, method: str, path: str, headers: dict[str, str]) 
     lines = [f"{method} {path} HTTP/1.1", "Host: x", "Connection: close", "Content-Length: 2"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     writer.write("\r\n".join([*lines, "", "{}"]).encode())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         answer = await reader.read()
     writer.close()
     return int(answer.split(b" ", 2)[1])

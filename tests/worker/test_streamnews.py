@@ -16,7 +16,7 @@ from gpu_byoc.transport.listen import bind, port_of, serve
 from gpu_byoc.transport.trickle_client import Subscriber, open_session
 from gpu_byoc.transport.trickle_server import TrickleServer
 from gpu_byoc.worker.drain import ended
-from gpu_byoc.worker.streamnews import KEPT, News
+from gpu_byoc.worker.streamnews import News
 from gpu_byoc.worker.streamparams import Urls
 from tests.support.workers import asynchronous
 
@@ -63,7 +63,11 @@ async def serving() -> AsyncIterator[Server]:
 async def lines(url: str, last: str) -> list[str]:
     """What a reader gets, up to the word ``last``."""
     found: list[str] = []
-    async with asyncio.timeout(10), open_session() as session, Subscriber(session, url, start=0) as segments:
+    async with (
+        asyncio.timeout(20),
+        open_session() as session,
+        Subscriber(session, url, start=0, every=True) as segments,
+    ):
         async for segment in segments:
             for line in (await segment.read()).splitlines():
                 said = json.loads(line)
@@ -79,7 +83,7 @@ async def lines(url: str, last: str) -> list[str]:
 async def test_what_is_on_its_way_at_a_cancel_is_heard_once(way: str, arrives: bool) -> None:
     async with serving() as server, open_session() as http:
         urls = Urls(events=server.url) if way == "events" else Urls(data=server.url)
-        news = News("s", urls, lambda what: None, Backoff())
+        news = News("s", urls, lambda what: None, Backoff(), most=16)
         say = news.tell if way == "events" else news.line
         for word in ("first", "second"):
             say(word)
@@ -107,10 +111,10 @@ async def test_what_is_on_its_way_at_a_cancel_is_heard_once(way: str, arrives: b
 def test_what_nobody_takes_is_bounded_and_counted(way: str, there: bool) -> None:
     url = "http://127.0.0.1:1/news" if there else None
     problems: list[str] = []
-    news = News("s", Urls(events=url, data=url), problems.append, Backoff())
-    for number in range(KEPT + 2):
+    news = News("s", Urls(events=url, data=url), problems.append, Backoff(), most=16)
+    for number in range(18):
         (news.tell if way == "events" else news.line)("word", number=number)
     kept = news._events if way == "events" else news._lines
-    assert len(kept) == KEPT
+    assert len(kept) == 16
     assert '"number": 2' in (json.dumps(kept[0]) if isinstance(kept[0], dict) else kept[0].decode()), "the oldest went"
     assert problems == ([f"{way}_dropped"] * 2 if there else [])
