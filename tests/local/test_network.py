@@ -154,15 +154,16 @@ async def test_a_wrong_path_or_method_is_answered_with_what_there_is(tmp_path: P
         assert (answer.status, answer.message) == (404, "GET /: Not Found; here are GET /status")
 
 
-def test_a_datadir_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["-orchestrator", "-datadir", "/proc/x", "-serviceAddr", "127.0.0.1:0", "-cliAddr", "127.0.0.1:0"]) == 2
-    told = capsys.readouterr().err
-    assert "-datadir: cannot keep a ledger in /proc/x/" in told
-    assert "name a directory that this user can write to" in told
-    assert "Errno" not in told
-
-
 NETWORK = "import sys; from gpu_byoc.local.network import main; sys.exit(main(sys.argv[1:]))"
+
+
+def test_a_datadir_that_cannot_be_written() -> None:
+    flags = ["-orchestrator", "-datadir", "/proc/x", "-serviceAddr", "127.0.0.1:0", "-cliAddr", "127.0.0.1:0"]
+    done = subprocess.run([sys.executable, "-c", NETWORK, *flags], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 2
+    assert "-datadir: cannot keep a ledger in /proc/x/" in done.stderr
+    assert "name a directory that this user can write to" in done.stderr
+    assert "Errno" not in done.stderr
 
 
 def test_both_as_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
