@@ -18,9 +18,11 @@ import sys
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Seconds on the wall say how busy the machine is, not what an example costs.
-settings.register_profile("gpu-byoc", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("gpu-byoc")
+# Seconds on the wall say how busy the machine is, not what an example costs. The examples are the same ones in
+# each run, so that a failure is of the code that changed; HYPOTHESIS_PROFILE=search looks for new ones.
+settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("gpu-byoc", settings.get_profile("search"), derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gpu-byoc"))
 
 # Asks the driver itself, so neither torch nor cupy has to be there. In a process of its own, because a process that
 # called cuInit cannot fork and use CUDA in the child. 0 devices and "no driver" are both 0.

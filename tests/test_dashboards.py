@@ -204,7 +204,7 @@ FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {'byoc_frames_dropped_total{reason="late"}': "0+9x80", 'byoc_stream_frames_total{way="in"}': "0+100x80"},
         {
             'byoc_frames_dropped_total{reason="late"}': "0+1x80",
-            'byoc_frames_dropped_total{reason="audio"}': "0+90x80",
+            'byoc_frames_dropped_total{reason="framerate"}': "0+90x80",
             'byoc_stream_frames_total{way="in"}': "0+100x80",
         },
     ),

@@ -94,7 +94,7 @@ class Figures:
 
     @property
     def dropped_frames(self) -> int:
-        return sum(count for reason, count in self.dropped.items() if reason != "audio")
+        return self.dropped.total()
 
     @property
     def lost(self) -> int:

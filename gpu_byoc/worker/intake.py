@@ -114,7 +114,7 @@ class Intake:
                 self._admit(event, self._arrivals.pop(event.pts, self._now))
             elif isinstance(event, AudioPacket):
                 if not self._house.sound(event):
-                    self._tell("dropped", "audio")
+                    self._tell("trouble", "audio_full")
             elif isinstance(event, VideoInfo):
                 self._info = event
                 self._tell("format", event)

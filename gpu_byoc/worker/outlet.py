@@ -122,7 +122,7 @@ class Outlet:
     def _count_unheard(self) -> None:
         while self._unheard < self._segmenter.unheard:
             self._unheard += 1
-            self._tell("dropped", "audio_early")
+            self._tell("trouble", "audio_early")
 
     def _flush_audio(self, before: int | None = None) -> None:
         if self._opus is not None:

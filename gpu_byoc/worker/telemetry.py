@@ -221,7 +221,7 @@ class StreamSums:
             ("byoc_streams_ended_total", "streams", "state", "Live streams that are over"),
             ("byoc_stream_frames_total", "frames", "way", "Frames of live streams that came in, and that went out"),
             ("byoc_frames_dropped_total", "dropped", "reason", "Frames of live streams that did not arrive"),
-            ("byoc_stream_problems_total", "problems", "reason", "Faults in what came in, and of channels"),
+            ("byoc_stream_problems_total", "problems", "reason", "Faults of input and channels, lost audio, waits"),
         ):
             family = CounterMetricFamily(name, text, labels=[label])
             for value, count in sorted(sums[key].items()):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import select
@@ -174,9 +175,10 @@ def hunt(
     deadline: float = DEADLINE,
     peak: int = PEAK,
     rounds: int = 2,
+    changed: float = math.inf,
 ) -> Report:
     """All seeds as they are, ``rounds`` times, so that growth is counted from a child that is warm; then changed ones,
-    for ``seconds``. Up to ``most`` findings, each in a fresh child."""
+    for ``seconds`` and no more than ``changed`` of them. Up to ``most`` findings, each in a fresh child."""
     report = Report(target)
     mutator = Mutator(random.Random(seed), list(seeds.values()), packets=packets)
     queue = [*seeds.values()] * rounds
@@ -184,10 +186,13 @@ def hunt(
     base, kinds, began = 0, set[str](), time.monotonic()
     until: float | None = None
     try:
-        while queue or time.monotonic() < (until := until or time.monotonic() + seconds):
+        while queue or (changed > 0 and time.monotonic() < (until := until or time.monotonic() + seconds)):
             if child is None:
                 child, base = Child(target, deadline), 0
-            data = queue.pop(0) if queue else mutator.next()
+            if queue:
+                data = queue.pop(0)
+            else:
+                data, changed = mutator.next(), changed - 1
             started = time.monotonic()
             try:
                 answer = child.run(data)

@@ -260,11 +260,12 @@ async def test_sound_that_waits_for_pictures() -> None:
         assert stream.pump.house._most_audio_bytes == 1 << 20
         source = [live_stream(50, first=90_000, gop=50, audio="aac")]
         await publish(r, "s", source, close=False)
-        await r.worker.until(lambda: stream.session.dropped["audio"] > 20)
-        assert (await scrape(r.worker)).value("byoc_frames_dropped_total", reason="audio") > 20
+        await r.worker.until(lambda: stream.session.problems["audio_full"] > 20)
+        assert (await scrape(r.worker)).value("byoc_stream_problems_total", reason="audio_full") > 20
         gate.gate.set()
         await r.worker.until(lambda: stream.session.frames_out == 50)
-        assert stream.session.dropped.keys() == {"audio"}
+        assert stream.session.dropped == {}, "packets of sound are no frames"
+        assert stream.session.problems.keys() == {"audio_full"}
 
 
 @asynchronous
