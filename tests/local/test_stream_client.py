@@ -134,7 +134,7 @@ def test_quantile(values: list[float], part: float) -> None:
 
 def test_figures() -> None:
     figures = Figures(published=dict.fromkeys(range(10), 1.0), received=dict.fromkeys(range(7), 1.5))
-    figures.dropped = Counter(late=2, audio=9)
+    figures.dropped = Counter(late=2)
     assert (figures.lost, figures.dropped_frames) == (1, 2)
     assert figures.latencies() == [0.5] * 7
 
@@ -316,7 +316,7 @@ async def cheated(stub: Stub, clip: Clip, autocreate: bool = True) -> AsyncItera
     [
         (Stub(), []),
         (Stub(lambda n: n % 10 != 3), ["20 frames lost, and not counted as dropped"]),
-        (Stub(lambda n: n % 10 != 3, dropped={"late": 20, "audio": 7}), []),
+        (Stub(lambda n: n % 10 != 3, dropped={"late": 20}), []),
         (Stub(dropped={"late": 3}), ["3 frames came out and are counted as dropped"]),
         (Stub(lambda n: 1 + (n == 70)), ["1 frame came out that never went in, or twice"]),
         (
