@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     names = ", ".join(each.name for each in GROUPS)
     parser = argparse.ArgumentParser(
         prog="gpu-byoc bench",
+        allow_abbrev=False,
         description="Measure what this machine can run; the rest is skipped by name and reason.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=ALSO,

@@ -141,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ConfigError: a file cannot be read, or the machines are not one.
     """
-    parser = argparse.ArgumentParser(prog="gpu-byoc bench compare", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="gpu-byoc bench compare", allow_abbrev=False, description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
     parser.add_argument("--different-machines", action="store_true", help="compare them although the machines differ")

@@ -130,7 +130,9 @@ def _grid(table: tables.Table) -> RichTable:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``gpu-byoc bench report FILE``: the same again from a result that was kept. Raises ConfigError."""
-    parser = argparse.ArgumentParser(prog="gpu-byoc bench report", description="Tables, pictures and page of a result.")
+    parser = argparse.ArgumentParser(
+        prog="gpu-byoc bench report", allow_abbrev=False, description="Tables, pictures and page of a result."
+    )
     parser.add_argument("file", type=Path)
     parser.add_argument("--output", type=Path, default=Path("bench-out"), help="folder (default: %(default)s)")
     parser.add_argument("--readme", type=Path, help="instead: this README's table, and its picture beside FILE")

@@ -224,6 +224,7 @@ def main(argv: Sequence[str]) -> int:
     """0 when this machine can serve, 1 otherwise."""
     parser = argparse.ArgumentParser(
         prog="gpu-byoc doctor",
+        allow_abbrev=False,
         description="Say whether this machine can serve, with what, and what to do about the rest.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")

@@ -119,7 +119,7 @@ def read(answer: bytes) -> Health:
 
 def main(argv: Sequence[str]) -> int:
     """Print the state; 0 when the worker is well, 1 otherwise (a container's runtime knows no other status)."""
-    parser = argparse.ArgumentParser(prog="gpu-byoc health", description="Ask a worker how it is.")
+    parser = argparse.ArgumentParser(prog="gpu-byoc health", allow_abbrev=False, description="Ask a worker how it is.")
     parser.add_argument("--url", help="of the worker (default: http://127.0.0.1:8000, or the port in GPU_BYOC_PORT)")
     parser.add_argument("--timeout", type=float, default=2.0, help="seconds for everything (default: %(default)s)")
     given = parser.parse_args(argv)

@@ -130,6 +130,7 @@ def _checked(name: str, given: argparse.Namespace, known: dict[str, dict[str, An
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="gpu-byoc verify",
+        allow_abbrev=False,
         description="Hold the backends on this machine against numpy, byte for byte, one frame and under load.",
     )
     parser.add_argument(

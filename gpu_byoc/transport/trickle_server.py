@@ -306,6 +306,7 @@ def main(argv: Sequence[str]) -> int:
     limits = Limits()
     parser = argparse.ArgumentParser(
         prog="gpu-byoc trickle",
+        allow_abbrev=False,
         description="A trickle server: segmented publish and subscribe over HTTP. There is no authentication: who "
         "knows a channel's name may read, write and delete it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -79,6 +79,11 @@ def _host(config: ServeConfig, processor: Processor) -> Callable[[], Backend]:
             f"--require-gpu: {name} is a FrameProcessor, and whether it uses a GPU cannot be seen from outside; make "
             "it an ArrayProcessor, or leave --require-gpu out"
         )
+    if config.backend not in ("auto", ORACLE):
+        load_backend(config.backend)
+        log.warning(
+            "--backend %s is not used: %s is a FrameProcessor, which finds a device by itself", config.backend, name
+        )
     return lambda: HostBackend(config.engine.processor_timeout or 0.0)
 
 

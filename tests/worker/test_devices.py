@@ -125,6 +125,7 @@ class Frames(FrameProcessor):
         (Uncopyable(), {"backend": "numpy", "device": "cpu,cpu"}, PluginError, "make in setup() what cannot be copied"),
         (Frames(), {"device": "cpu,cpu"}, BackendUnavailable, "runs once: choose one device"),
         (Frames(), {"require_gpu": True}, BackendUnavailable, "cannot be seen from outside"),
+        (Frames(), {"backend": "nope"}, BackendUnavailable, "no backend named 'nope'"),
         (
             GreenTint(),
             {"backend": "numpy", "require_gpu": True},
@@ -146,6 +147,16 @@ def test_what_several_devices_or_a_gpu_ask_for(
         asyncio.run(open_engine(ServeConfig(**config), processor, []))
     assert says in str(caught.value)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("gpu-byoc-")]
+
+
+@asynchronous
+async def test_a_frame_processor_says_that_a_backend_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(devices, "load_backend", lambda _: None)  # cupy need not be here
+    fleet = await open_engine(ServeConfig(backend="cupy"), Frames(), [])
+    await asyncio.to_thread(fleet.close)
+    assert "--backend cupy is not used: Frames is a FrameProcessor" in caplog.text
 
 
 def test_auto_with_a_gpu_required_names_every_reason_instead_of_falling_back(monkeypatch: pytest.MonkeyPatch) -> None:

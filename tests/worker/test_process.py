@@ -242,6 +242,15 @@ def test_a_wrong_flag_is_two_lines_and_none_is_abbreviated(command: tuple[str, .
     assert worker.log == [f"usage: {usage}", f"gpu-byoc {command[0]}: error: unrecognized arguments: --back numpy"]
 
 
+@pytest.mark.parametrize(
+    "command", ["bench", "config", "demo", "doctor", "health", "job", "stream", "trickle", "verify"]
+)
+def test_no_command_takes_half_a_flag(command: str) -> None:
+    with running(command, "--hel") as process:
+        assert process.popen.wait(30) == 2
+    assert "error: " in process.log[-1]
+
+
 def test_help_says_a_default_where_there_is_one() -> None:
     with running("serve", "--help") as worker:
         assert worker.popen.wait(30) == 0
