@@ -169,7 +169,7 @@ class Door:
             self._loop.call_soon_threadsafe(self._lost)
         finally:
             if self._doorman is not None:
-                self._doorman.end()
+                self._part(self._doorman)
             self._lobby.close()
             self._ear.close()
 
@@ -215,14 +215,19 @@ class Door:
                 self._let_in(guest)
         if self._doorman.gone and not self._over:
             self._lobby.selector.unregister(self._doorman.pair)
-            status = self._doorman.end()
-            gone, self._doorman = self._doorman, None
-            self._lobby.dropped += gone.dropped
-            self._lobby.idle += gone.idle
+            status = self._part(self._doorman)
             self.deaths += 1
             self._died.append(time.monotonic())
             log.warning("the doorman's process has ended with status %d; another one is started", status)
             self._employ(self._alone)
+
+    def _part(self, doorman: _Doorman) -> int:
+        """It has ended, or does now: what it counted is kept, and nobody waits with it. Answers its exit status."""
+        status = doorman.end()
+        self._doorman = None
+        self._lobby.dropped += doorman.dropped
+        self._lobby.idle += doorman.idle
+        return status
 
     def _dismiss(self, doorman: _Doorman) -> None:
         """Tell it to end. Whom it has passed on by then comes in."""

@@ -67,6 +67,11 @@ async def dripping(
         await asyncio.wait(tasks)
 
 
+def taken(r: Running) -> int:
+    """Slots, of all frame sizes."""
+    return -r.free()
+
+
 async def until_full(r: Running) -> None:
     """All slots are taken, and have been for as long as makes a caller slow."""
     assert r.worker.engine is not None
@@ -98,20 +103,22 @@ async def test_bodies_that_never_end_do_not_keep_another_client_out() -> None:
 async def test_answers_that_nobody_reads_do_not_keep_another_client_out() -> None:
     async with running(Passthrough(), EngineConfig(slots=4, max_batch=4), slot_wait=20) as r, another(r) as good:
         r.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        deaf = []
-        for _ in range(4):
-            sock = socket.socket()
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.connect(("127.0.0.1", r.port))
-            await asyncio.to_thread(sock.sendall, head(LARGE) + bytes(LARGE))
-            deaf.append(sock)
-        await until_full(r)
-        status, _, body = await good.post(b"x" * LARGE)
-        assert (status, body) == (200, b"x" * LARGE)
-        assert reclaimed(r) == 1, "no more than had to go"
-        assert await asyncio.to_thread(_read, deaf[0]) < LARGE, "the oldest was cut off, and not with a whole answer"
-        for sock in deaf:
-            sock.close()
+        with contextlib.ExitStack() as open_ones:
+            deaf = []
+            for number in range(1, 5):
+                sock = open_ones.enter_context(socket.socket())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                sock.connect(("127.0.0.1", r.port))
+                await asyncio.to_thread(sock.sendall, head(LARGE) + bytes(LARGE))
+                deaf.append(sock)
+                await asyncio.to_thread(sock.recv, 1)  # its answer has begun, so that the first is the oldest
+                assert taken(r) == number
+            await until_full(r)
+            status, _, body = await good.post(b"x" * LARGE)
+            assert (status, body) == (200, b"x" * LARGE)
+            assert reclaimed(r) == 1, "no more than had to go"
+            got = await asyncio.to_thread(_read, deaf[0])
+            assert got < LARGE, "the oldest was cut off, and not with a whole answer"
         await r.until(lambda: r.free() == 0)
 
 
