@@ -34,6 +34,9 @@ log = logging.getLogger("gpu_byoc.worker")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's number for it. Nobody reads it: it only ends the request."""
+
 
 class Worker:
     """One processor behind HTTP. ``engine`` is None while it loads.
@@ -209,11 +212,19 @@ class Worker:
             body = {"status": "error", "error": code, "message": f"{request.method} {request.path}: {error.reason}"}
             allow = {name: value for name, value in error.headers.items() if name == hdrs.ALLOW}
             return web.json_response(body, status=error.status, headers=allow)
-        except (ConnectionError, asyncio.CancelledError):  # aiohttp cancels the handler of a client that went away
-            self.metrics.errors.labels("cut_off" if self.draining else "client_gone").inc()
+        except asyncio.CancelledError:  # aiohttp cancels the handler of a client that went away
+            self._gone()
             raise
+        except ConnectionError:  # amid its answer: raised, aiohttp would log it as an error of ours
+            self._gone()
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=CLIENT_CLOSED_REQUEST)
         except Exception:  # a bug of ours: the caller gets no internals, the log gets everything
             return self._refuse(self._internal(request))
+
+    def _gone(self) -> None:
+        self.metrics.errors.labels("cut_off" if self.draining else "client_gone").inc()
 
     def _internal(self, request: web.Request) -> GpuByocError:
         log.exception("%s %s failed", request.method, request.path)
